@@ -1,0 +1,476 @@
+"""GRPO (Group Relative Policy Optimization, arXiv 2402.03300) in one file.
+
+Trains a causal LM to answer in <think> ... </think> <answer> ... </answer>. For every prompt a group of completions is
+sampled, and a completion's advantage is how much better than its group it was rewarded: that replaces PPO's critic.
+
+    python experiment_base/train.py             # the embedded policy, on a laptop's CPU, in about 3 minutes
+    python experiment_base/train.py --help      # every constant below is a flag
+
+What differs from the paper: one reference for the whole run, rewards from a rule instead of a model, and advantage 0
+where a whole group got the same reward.
+"""
+
+import math
+import random
+import re
+import time
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from loss import GRPOLoss, loss_metrics, masked_mean
+from model import as_reference, autocast, can_pack, end_token_ids, load_model, load_tokenizer, make_optimizer
+from model import out_of_memory_names, peak_memory, resolve, unwrap
+from replay_buffer import Experience, MicroBatch, ReplayBuffer
+from run import Run, check_config, fail, find_checkpoint, read_train_and_eval_rows
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+EXPERIMENT = Path(__file__).resolve().parent.name
+DATA = Path(__file__).resolve().parents[1] / "data"
+MAX_SKIPPED = 10  # updates in a row without a finite gradient that end the run
+
+
+@dataclass
+class Config:
+    # the run
+    run_name: str | None = None  # name of its directories; default: the experiment and the time
+    log_dir: str = "runs"  # holds <run-name>/metrics.jsonl and the TensorBoard log
+    wandb: bool = False  # log to Weights & Biases too (pip install wandb)
+    wandb_project: str = "grpo"  # the project there
+    seed: int = 42  # of prompt order, sampling and LoRA's first weights
+    device_index: int | None = None  # which CUDA device; default: the first, else Apple's, else the CPU
+    checkpoint_path: str = "./output"  # holds <experiment>/<run-name>/step_000020
+    checkpoint_interval: int = 20  # steps between checkpoints; the last step has one too
+    resume: bool = False  # continue the named run, else this experiment's newest
+    eval_interval: int = 10  # steps between evaluations; there is one before the first step and after the last too
+    log_completions_interval: int = 10  # steps between completions shown in full
+    # the model
+    model_name: str = str(DATA / "policy_math")  # a directory (of a model or an adapter), or a name on the hub
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # of matrix products; trained weights: float32
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # flash cannot take packed rows
+    lora_rank: int = 0  # of adapters on all linear layers; 0 trains every weight
+    load_in_4bit: bool = False  # frozen weights in nf4, with LoRA
+    gradient_checkpointing: bool = False  # much less memory for a third more time in training
+    # the data
+    data_path: str = str(DATA / "math_tasks.jsonl")  # .jsonl, .json, .parquet, or a hub data set: name or name:config
+    eval_data_path: str | None = None  # default: <data>_eval.jsonl beside it, the hub's test split, or the last 10 %
+    question_field: str = "question"
+    answer_field: str = "answer"  # holds a number; where it holds ####, the number follows that
+    system_prompt: str = (  # the embedded policy knows this one only
+        "Reason step by step inside <think> </think>, then give the final number inside <answer> </answer>."
+    )
+    max_prompts: int = 1024  # training prompts, from the start of the file
+    max_terms: int = 3  # rows with more num_terms are left out; this and the next two concern rows that have the field
+    max_digits: int = 2  # rows with more num_digits are left out
+    operators: str = "+-"  # rows with other operators are left out
+    # the rollout
+    group_size: int = 8  # completions per prompt
+    rollouts_per_step: int = 16  # prompts per step
+    temperature: float = 1.0  # of sampling, and therefore of every log-prob
+    max_length: int = 512  # tokens of prompt and completion together
+    max_new_tokens: int = 64  # tokens of a completion
+    sample_rows: int = 256  # completions sampled at once; lower it when sampling runs out of memory
+    # the update
+    max_steps: int | None = None  # stop after this many; 0 only evaluates
+    epochs: int = 1  # passes over the prompts
+    epochs_per_step: int = 1  # passes over a step's completions
+    train_batch_size: int = 64  # completions per optimizer step: half a step's, so that the second update has to clip
+    micro_batch_tokens: int = 4096  # tokens forwarded at once; lower it when training runs out of memory
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit keeps its state in 8 bits (bitsandbytes)
+    lr: float = 1e-4  # for the embedded policy; real models: 1e-6 in full, 1e-5 with LoRA
+    max_norm: float = 1.0  # the gradient is scaled down to this norm
+    clip_eps_low: float = 0.2  # the ratio is clipped to 1 - clip_eps_low ...
+    clip_eps_high: float = 0.2  # ... 1 + clip_eps_high
+    kl_weight: float = 0.01  # of the KL to the policy that training began with; 0 needs no reference
+    critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"  # the weight of a token, see loss.py
+    format_weight: float = 0.1  # reward of the form, where a right answer is worth 1
+
+    @property
+    def generate_max_length(self) -> int:
+        """The most tokens that a completion may sample."""
+        return self.max_new_tokens
+
+
+# ---------------------------------------------------------------- prompts
+@dataclass
+class Prompt:
+    ids: list[int]
+    answer: str
+
+
+def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts, held-out prompts), checked, rendered by the chat template and tokenised."""
+    rows, eval_rows = read_train_and_eval_rows(config.data_path, config.eval_data_path)
+    rows = [row for row in rows if is_selected(row[1], config)][: config.max_prompts]
+    if len(rows) < config.rollouts_per_step or not eval_rows:
+        fail(f"{config.data_path}: {len(rows)} prompts selected, --rollouts-per-step is {config.rollouts_per_step}")
+    return tuple(
+        [make_prompt(where, row, config, tokenizer) for where, row in part] for part in (rows, eval_rows[:512])
+    )
+
+
+def is_selected(row: dict, config: Config) -> bool:
+    few_terms, few_digits = row.get("num_terms", 0) <= config.max_terms, row.get("num_digits", 0) <= config.max_digits
+    return few_terms and few_digits and set(row.get("operators", "")) <= set(config.operators)
+
+
+def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
+    for field in (config.question_field, config.answer_field):
+        if not isinstance(row.get(field), (str, int, float)) or not str(row[field]).strip():
+            fail(f"{where}: field {field!r} is missing or empty; --question-field and --answer-field name the fields")
+    answer = str(row[config.answer_field]).split("####")[-1].strip()
+    if parse_number(answer) is None:
+        fail(f"{where}: field {config.answer_field!r} must be a number, is {answer[:50]!r}")
+    messages = [
+        {"role": "system", "content": config.system_prompt},
+        {"role": "user", "content": str(row[config.question_field])},
+    ]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS, where the model has one
+    if len(ids) + config.max_new_tokens > config.max_length:
+        budget = f"--max-length {config.max_length} - --max-new-tokens {config.max_new_tokens}"
+        fail(f"{where}: the prompt has {len(ids)} tokens, more than {budget}; raise --max-length or shorten the prompt")
+    return Prompt(ids, answer)
+
+
+def prompts_of_step(prompts: list[Prompt], step: int, config: Config) -> list[Prompt]:
+    """The prompts of a step (the first is 1). An epoch's order depends on (seed, epoch) alone."""
+    epoch, position = divmod(step - 1, len(prompts) // config.rollouts_per_step)
+    order = torch.randperm(len(prompts), generator=make_generator("cpu", config.seed, "epoch", epoch))
+    return [prompts[i] for i in order.split(config.rollouts_per_step)[position]]
+
+
+def make_generator(device, *key) -> torch.Generator:
+    """Random numbers that depend on the key alone, so that a resumed run draws what the uninterrupted one would."""
+    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+# ---------------------------------------------------------------- reward
+
+NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
+FORM = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
+
+
+def parse_number(text: str) -> Decimal | None:
+    """The value of a text that is a number and nothing else: " $1,234.50." is 1234.5, "12 apples" is None."""
+    text = text.strip().removesuffix(".").replace("\N{MINUS SIGN}", "-")
+    sign = "-" if text.startswith("-") else ""
+    text = text.removeprefix("-").strip().removeprefix("$").strip()
+    if len(text) > 50 or not re.fullmatch(NUMBER, text):  # bounded: the text comes from the model
+        return None
+    return Decimal(sign + text.replace(",", ""))
+
+
+def accuracy_reward(completion: str, answer: str) -> float:
+    """1 where the text of the completion's last <answer> ... </answer> is the right number."""
+    given, closed, _ = completion.rpartition("<answer>")[2].partition("</answer>")
+    is_given = "<answer>" in completion and closed
+    return float(bool(is_given) and parse_number(given) == parse_number(answer))
+
+
+def format_reward(completion: str) -> float:
+    """1 where the completion is <think> ... </think> <answer> ... </answer>, each tag once and nothing around them."""
+    once = all(completion.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    return float(once and re.fullmatch(FORM, completion, re.DOTALL) is not None)
+
+
+def is_lenient_match(completion: str, answer: str) -> bool:
+    """Whether the last number of the completion is right, whatever stands around it."""
+    numbers = re.findall(r"(?<![0-9])-?" + NUMBER, completion[-1000:])
+    return bool(numbers) and parse_number(numbers[-1]) == parse_number(answer)
+
+
+def reward(experience: Experience, config: Config) -> dict[str, torch.Tensor]:
+    """The parts of the reward, (group_size,) each; it is their sum."""
+    accuracy = torch.tensor([accuracy_reward(text, experience.answer) for text in experience.completions])
+    form = torch.tensor([format_reward(text) for text in experience.completions])
+    return {"reward_accuracy": accuracy, "reward_format": config.format_weight * form}
+
+
+# ---------------------------------------------------------------- sampling
+@torch.no_grad()
+def sample(policy, tokenizer, prompts: list[list[int]], copies: int, config: Config, generator=None):
+    """Sample `copies` completions of every prompt, or greedily one where there is no generator.
+
+    A plain softmax at `temperature`, whatever top_k, top_p or penalty the checkpoint's generation config asks for: the
+    loss takes the log-probs of this distribution. Each prompt is forwarded once and its KV cache repeated; finished
+    rows leave. Returns the ids (through the end token) and their log-probs, (tokens,) per row, prompt 0's rows first.
+    """
+    device, width = policy.device, max(map(len, prompts))
+    ends = torch.tensor(end_token_ids(policy, tokenizer), device=device)
+    input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)  # padded on the left
+    lengths = torch.tensor([len(ids) for ids in prompts], device=device)  # (prompts,)
+    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # from lengths, never from ids
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)  # (rows,) the prompt of each
+    ids = torch.zeros(len(rows), config.max_new_tokens, dtype=torch.long, device=device)  # (rows, new tokens)
+    log_probs = torch.zeros(ids.shape, device=device)  # (rows, new tokens)
+    counts = torch.zeros_like(rows)  # (rows,) tokens so far
+    alive = torch.arange(len(rows), device=device)  # the rows that still grow
+    with autocast(config, device):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (prompts, width)
+        output = policy(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        cache, logits, mask, positions = output.past_key_values, output.logits[rows], mask[rows], lengths[rows]
+        cache.reorder_cache(rows)  # from one row a prompt to one a completion
+        for t in range(config.max_new_tokens):
+            next_log_probs = (logits[:, -1].float() / config.temperature).log_softmax(-1)  # (alive, vocabulary)
+            if generator is None:
+                tokens = next_log_probs.argmax(-1, keepdim=True)  # (alive, 1)
+            else:
+                tokens = torch.multinomial(next_log_probs.exp(), 1, generator=generator)  # (alive, 1)
+            ids[alive, t] = tokens[:, 0]
+            log_probs[alive, t] = next_log_probs.gather(1, tokens)[:, 0]
+            counts[alive] += 1
+            going = (~torch.isin(tokens[:, 0], ends)).nonzero()[:, 0]
+            if len(going) == 0 or t + 1 == config.max_new_tokens:
+                break
+            if len(going) < len(alive):
+                alive, tokens, mask, positions = alive[going], tokens[going], mask[going], positions[going]
+                cache.reorder_cache(going)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            position_ids = positions[:, None] + t
+            output = policy(
+                tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+            )
+            logits = output.logits
+    counts = counts.tolist()
+    return [row[:n] for row, n in zip(ids.cpu(), counts)], [row[:n] for row, n in zip(log_probs.cpu(), counts)]
+
+
+def rollout(policy, tokenizer, prompts: list[Prompt], group_size: int, config: Config, generator=None):
+    """An Experience of `group_size` completions for every prompt; greedy without a generator."""
+    policy.eval()
+    experiences, ends = [], end_token_ids(policy, tokenizer)
+    prompts_at_once = max(1, config.sample_rows // group_size)
+    for i in range(0, len(prompts), prompts_at_once):
+        chunk = prompts[i : i + prompts_at_once]
+        ids, log_probs = sample(policy, tokenizer, [p.ids for p in chunk], group_size, config, generator)
+        for j, prompt in enumerate(chunk):
+            group = slice(j * group_size, (j + 1) * group_size)
+            experience = Experience(
+                prompt_ids=torch.tensor(prompt.ids),
+                completion_ids=ids[group],
+                masks=[torch.ones_like(row) for row in ids[group]],
+                sampled_log_probs=log_probs[group],
+                truncated=torch.tensor([float(row[-1] not in ends) for row in ids[group]]),
+                completions=tokenizer.batch_decode(ids[group], skip_special_tokens=True),
+                answer=prompt.answer,
+            )
+            experiences.append(experience)
+    return experiences
+
+
+# ---------------------------------------------------------------- advantages
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """(r - mean) / (std + 1e-4) over a group, (group_size,), std with n - 1 (2402.03300, section 4.1.2).
+
+    Exactly 0 where all rewards are equal: there rounding would make an advantage of its own.
+    """
+    if (rewards == rewards[0]).all():
+        return torch.zeros_like(rewards)
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+
+
+# ---------------------------------------------------------------- log-probs
+
+
+def sequences_log_probs(model, batch: MicroBatch, config: Config) -> torch.Tensor:
+    """Log-probs of a micro-batch's sampled tokens under `model`, (sampled tokens,), in at least float32.
+
+    The hidden states that predict them are picked before the output head, and the head runs in chunks that the backward
+    pass computes again, so that one chunk of logits is in memory at a time.
+    """
+    base = unwrap(model)
+    with autocast(config, model.device):
+        dtype = base.dtype if config.precision == "float32" else getattr(torch, config.precision)
+        mask, positions = batch.attention_mask(dtype), batch.position_ids
+        output = base.get_decoder()(batch.input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)[batch.predicted_from]  # (sampled tokens, hidden size)
+        chunk = max(1, 2**26 // base.config.get_text_config().vocab_size)  # 256 MB of float32 logits
+        log_probs = [
+            checkpoint(token_log_probs, base, states, targets, config.temperature, use_reentrant=False)
+            for states, targets in zip(hidden.split(chunk), batch.targets.split(chunk))
+        ]
+    return torch.cat(log_probs)
+
+
+def token_log_probs(base, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log softmax(logits / temperature) at the targets, (tokens,), as gather - logsumexp."""
+    logits = base.get_output_embeddings()(hidden)  # (tokens, vocabulary)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+    logits = (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+@torch.no_grad()
+def remember_log_probs(policy, reference, batches: list[list[MicroBatch]], config: Config) -> None:
+    """Fill in the log-probs of the old policy and of the reference.
+
+    The first batch's old log-probs are those of its own training forward, which comes before any update.
+    """
+    policy.eval()
+    for micro_batch in sum(batches[1:], []):
+        micro_batch.old_log_probs = sequences_log_probs(policy, micro_batch, config)
+    if config.kl_weight:
+        with as_reference(policy, reference) as model:
+            for micro_batch in sum(batches, []):
+                micro_batch.reference_log_probs = sequences_log_probs(model, micro_batch, config)
+
+
+# ---------------------------------------------------------------- evaluation
+def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config) -> dict[str, float]:
+    """Greedy accuracy on the held-out prompts: as it is rewarded, and by the last number alone."""
+    with out_of_memory_names("sample_rows"):
+        completions = [(e.completions[0], e.answer) for e in rollout(policy, tokenizer, prompts, 1, config)]
+    accuracy = sum(accuracy_reward(*pair) for pair in completions) / len(completions)
+    lenient = sum(is_lenient_match(*pair) for pair in completions) / len(completions)
+    return {"eval_accuracy": accuracy, "eval_accuracy_lenient": lenient, "eval_count": len(completions)}
+
+
+def rollout_metrics(experiences: list[Experience]) -> dict[str, float | None]:
+    """What a step's completions say about the policy, each a mean over completions if not said otherwise."""
+    rewards = torch.stack([e.rewards for e in experiences])  # (groups, group_size)
+    parts = {name: torch.cat([e.reward_parts[name] for e in experiences]) for name in experiences[0].reward_parts}
+    lengths = torch.tensor([float(mask.sum()) for e in experiences for mask in e.masks])  # (completions,)
+    correct = parts["reward_accuracy"]
+    return {
+        "reward": rewards.mean().item(),
+        **{name: part.mean().item() for name, part in parts.items()},
+        "reward_std": rewards.std(dim=1).mean().item(),  # within groups
+        "zero_std_fraction": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),  # of groups
+        "entropy": -torch.cat([row for e in experiences for row in e.sampled_log_probs]).mean().item(),  # over tokens
+        "completion_length": lengths.mean().item(),
+        "completion_length_correct": masked_mean(lengths, correct).item() if correct.any() else None,
+        "completion_length_wrong": masked_mean(lengths, 1 - correct).item() if not correct.all() else None,
+        "truncated_fraction": torch.cat([e.truncated for e in experiences]).mean().item(),
+    }
+
+
+def show_completion(experience: Experience, tokenizer) -> str:
+    """The first completion of a group, with its prompt and all special tokens, and what it earned."""
+    text = tokenizer.decode(torch.cat([experience.prompt_ids, experience.completion_ids[0]]))
+    reward, advantage = experience.rewards[0].item(), experience.advantages[0].item()
+    return f"{text}\n[answer {experience.answer} | reward {reward:.2f} | advantage {advantage:+.2f}]"
+
+
+# ---------------------------------------------------------------- main
+def main(config: Config) -> None:
+    check_config(config)
+    config, device = resolve(config)
+    print("\n".join(f"{name}: {value}" for name, value in asdict(config).items()))
+    tokenizer = load_tokenizer(config.model_name)
+    prompts, eval_prompts = read_prompts(config, tokenizer)
+    checkpoint_dir, state = find_checkpoint(config, EXPERIMENT) if config.resume else (None, {"step": 0})
+    torch.manual_seed(config.seed)
+    policy, reference = load_model(config, device, checkpoint_dir)
+    evaluation = evaluate(policy, tokenizer, eval_prompts, config)
+    print("held out:", evaluation)
+    if config.max_steps == 0:
+        return
+
+    run = Run(config, EXPERIMENT, checkpoint_dir)
+    optimizer = make_optimizer(policy, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    if config.resume:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    else:
+        run.log(0, evaluation)
+    before = state.get("before", evaluation)
+    objective = GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
+    replay_buffer = ReplayBuffer()
+    packed = can_pack(unwrap(policy).config, config.max_length)
+    steps_per_epoch = len(prompts) // config.rollouts_per_step
+    last_step = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+    start, skipped_in_a_row = time.time() - state.get("elapsed_seconds", 0), 0
+    bar = tqdm(range(state["step"] + 1, last_step + 1), initial=state["step"], total=last_step)
+    for step in bar:
+        # 1. Sample a group of completions for every prompt.
+        step_start = time.time()
+        with out_of_memory_names("sample_rows"):
+            generator = make_generator(device, config.seed, "sample", step)
+            step_prompts = prompts_of_step(prompts, step, config)
+            experiences = rollout(policy, tokenizer, step_prompts, config.group_size, config, generator)
+        sampling_end = time.time()
+
+        # 2. Reward each completion, and compare it with its group.
+        for experience in experiences:
+            experience.reward_parts = reward(experience, config)
+            experience.rewards = sum(experience.reward_parts.values())  # (group_size,)
+            experience.advantages = group_advantages(experience.rewards)  # (group_size,)
+
+        # 3. Cut the groups into batches; take the old policy's and the reference's log-probs of them.
+        replay_buffer.extend(experiences)
+        batches = replay_buffer.batches(config, packed, make_generator("cpu", config.seed, "batches", step))
+        batches = [[micro_batch.to(device) for micro_batch in batch] for batch in batches]
+        sums, grad_norms, skipped = [], [], 0
+        with out_of_memory_names("micro_batch_tokens"):
+            remember_log_probs(policy, reference, batches, config)
+
+            # 4. Update the policy, once for every batch. A batch is empty where no group of it needs a forward.
+            policy.train()
+            for batch in filter(None, batches * config.epochs_per_step):
+                for micro_batch in batch:
+                    log_probs = sequences_log_probs(policy, micro_batch, config)  # (sampled tokens,)
+                    if micro_batch.old_log_probs is None:
+                        micro_batch.old_log_probs = log_probs.detach()
+                    loss, token_sums = objective(log_probs, micro_batch)
+                    scaler.scale(loss).backward()
+                    sums.append(token_sums)
+                scaler.unscale_(optimizer)
+                grad_norms.append(clip_grad_norm_(policy.parameters(), config.max_norm).item())
+                if math.isfinite(grad_norms[-1]):
+                    scaler.step(optimizer)
+                    skipped_in_a_row = 0
+                else:
+                    skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                    if skipped_in_a_row == MAX_SKIPPED:
+                        fail(
+                            f"no finite gradient in {MAX_SKIPPED} updates; the last good policy: {run.last_checkpoint}"
+                        )
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+        replay_buffer.clear()
+
+        # 5. Log, evaluate, save.
+        num_tokens, elapsed = sum(map(len, sum([e.completion_ids for e in experiences], []))), time.time() - start
+        finite = [norm for norm in grad_norms if math.isfinite(norm)]
+        gaps = [(b.old_log_probs - b.sampled_log_probs).abs().max().item() for b in sum(batches, [])]
+        metrics = {
+            "elapsed_seconds": elapsed,
+            **rollout_metrics(experiences),
+            **loss_metrics(sums, len(grad_norms)),
+            "grad_norm": sum(finite) / len(finite) if finite else None,  # before it is scaled down to max_norm
+            "skipped_updates": skipped,
+            "max_log_prob_gap": max(gaps, default=None),  # sampled against recomputed, over all tokens
+            "lr": config.lr,
+            "sample_tokens_per_second": num_tokens / (sampling_end - step_start),
+            "train_tokens_per_second": num_tokens / (time.time() - sampling_end),
+            "peak_memory": peak_memory(device),
+        }
+        last = step == last_step or run.stop_requested
+        if last or step % config.eval_interval == 0:
+            evaluation = evaluate(policy, tokenizer, eval_prompts, config)
+            metrics |= evaluation
+        bar.set_postfix(reward=metrics["reward"], length=metrics["completion_length"], eval=evaluation["eval_accuracy"])
+        shown = show_completion(experiences[0], tokenizer) if step % config.log_completions_interval == 0 else None
+        run.log(step, metrics, shown)
+        if last or step % config.checkpoint_interval == 0:
+            trainer = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "before": before}
+            cursor = step % steps_per_epoch * config.rollouts_per_step
+            run.save(step, policy, tokenizer, trainer | {"elapsed_seconds": elapsed, "prompt_cursor": cursor})
+        if run.stop_requested:
+            break
+    bar.close()
+    run.close(before, evaluation, time.time() - start)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
