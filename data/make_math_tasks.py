@@ -29,7 +29,7 @@ class Config:
 
 
 def cells(terms=(2, 3, 4), digits=(1, 2, 3, 4), operators="+-*"):
-    """All cells (num_terms, num_digits, operators) of a range; an expression of n terms uses at most n - 1 operators."""
+    """All cells (num_terms, num_digits, operators) of a range: n terms use at most n - 1 operators."""
     return [
         (num_terms, num_digits, "".join(used))
         for num_terms, num_digits in itertools.product(terms, digits)

@@ -1,9 +1,10 @@
 """The GRPO objective, written as one weighted sum over the sampled tokens of an optimizer batch.
 
-Because the weights are computed once, over the whole batch, the losses of its micro-batches add up to the loss of
-the batch: how it is cut for memory never changes the gradient. The file is the same in every experiment; GRPO, Dr. GRPO
-and DAPO differ by the denominator in `token_weights`.
+The weights are computed once, over the whole batch, so the losses of its micro-batches add up: how it is cut for memory
+never changes the gradient. GRPO, Dr. GRPO and DAPO differ by the denominator in `token_weights`.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def token_weights(masks: list[Tensor], critic_type: str, generate_max_length: in
 
         grpo     1 / (length * n)                 a mean over each completion, then over completions (2402.03300)
         drgrpo   1 / (generate_max_length * n)    the same constant for every token (2503.20783)
-        dapo     1 / (all sampled tokens)         a mean over all tokens, so that long completions count more (2503.14476)
+        dapo     1 / (all sampled tokens)         a mean over all tokens (2503.14476)
     """
     lengths = [mask.sum().item() for mask in masks]
     if critic_type == "grpo":
@@ -93,11 +94,14 @@ class GRPOLoss(nn.Module):
         return loss, {name: value.detach() for name, value in sums.items()}
 
 
-def loss_metrics(sums: list[dict[str, Tensor]], num_updates: int) -> dict[str, float | None]:
-    """Figures of a step from what GRPOLoss returned for its micro-batches: means over tokens, the loss over updates."""
-    if not sums:
-        return dict.fromkeys(("loss", "kl", "clip_fraction", "ess"))
-    total = {name: sum(part[name].item() for part in sums) for name in sums[0]}
-    ess = total["ratio"] ** 2 / (total["tokens"] * total["ratio_squared"])
-    means = {"kl": total["kl"] / total["tokens"], "clip_fraction": total["clipped"] / total["tokens"]}
-    return {"loss": total["loss"] / num_updates, **means, "ess": ess}
+def loss_metrics(sums: list[dict[str, Tensor]], grad_norms: list[float]) -> dict[str, float | None]:
+    """Figures of a step: from GRPOLoss's sums means over tokens, and means over updates, each with a gradient norm."""
+    finite = [norm for norm in grad_norms if math.isfinite(norm)]
+    metrics = dict.fromkeys(("loss", "kl", "clip_fraction", "ess", "grad_norm"))
+    metrics["skipped_updates"] = len(grad_norms) - len(finite)
+    if finite:
+        total = {name: sum(part[name].item() for part in sums) for name in sums[0]}
+        metrics["loss"], metrics["grad_norm"] = total["loss"] / len(grad_norms), sum(finite) / len(finite)
+        metrics["kl"], metrics["clip_fraction"] = total["kl"] / total["tokens"], total["clipped"] / total["tokens"]
+        metrics["ess"] = total["ratio"] ** 2 / (total["tokens"] * total["ratio_squared"])
+    return metrics

@@ -70,7 +70,9 @@ def load_tokenizer(name: str):
 
 
 def fail_to_load(name: str, error: Exception):
-    hint = "a local model is named by its directory; for a gated one accept its licence on huggingface.co and `hf auth login`"
+    hint = (
+        "name a local model by its directory; for a gated one accept its licence on huggingface.co and `hf auth login`"
+    )
     fail(f"--model-name {name}: cannot be loaded ({hint}): {str(error).splitlines()[0]}")
 
 
@@ -93,7 +95,7 @@ def can_pack(model_config, max_length: int) -> bool:
 
 def load_model(config, device: torch.device, checkpoint: Path | None = None):
     """(policy, reference). The reference is the policy that training began with, also when `checkpoint` continues it:
-    in full training a frozen copy; None where there is no KL term or where the policy itself serves, see `as_reference`.
+    in full training a frozen copy; None without a KL term, or where the policy itself serves (see `as_reference`).
     """
     is_adapter = (Path(config.model_name) / "adapter_config.json").is_file()
     lora = is_adapter or config.lora_rank > 0

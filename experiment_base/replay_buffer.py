@@ -1,7 +1,7 @@
 """From completions to the tensors of a training forward: groups -> optimizer batches -> packed micro-batches.
 
 A group is packed as one row, `prompt | completion 1 | ... | completion G`. A completion sees the prompt and itself, and
-its positions go on where the prompt's end: the row gives the log-probs of G separate rows, the prompt forwarded once.
+its positions go on where the prompt's end: the log-probs of G separate rows, with the prompt forwarded once.
 """
 
 from dataclasses import dataclass, fields
@@ -109,10 +109,9 @@ class ReplayBuffer:
         self.experiences.clear()
 
     def batches(self, config, packed: bool, generator: torch.Generator) -> list[list[MicroBatch]]:
-        """Optimizer batches of `train_batch_size` completions, whole groups in random order, each a list of micro-batches.
+        """Optimizer batches of `train_batch_size` completions, whole groups in random order, as lists of micro-batches.
 
-        Where there is no KL term, groups without spread (advantage 0) are not forwarded; they still count in the
-        weights. A batch of only such groups is an empty list.
+        Without a KL term, groups without spread (advantage 0) are not forwarded, but they count in the weights.
         """
         order = torch.randperm(len(self.experiences), generator=generator)
         batches = []

@@ -135,10 +135,8 @@ def find_checkpoint(config, experiment: str) -> tuple[Path, dict]:
     changed = {name: value for name, value in state["config"].items() if name in now and now[name] != value}
     for name in FIXED:
         if name in changed:
-            flag = f"--{name.replace('_', '-')}"
-            fail(
-                f"--resume: {checkpoint.parent} has {flag} {changed[name]}, not {now[name]}; pass that, or start a new run"
-            )
+            flag = f"--{name.replace('_', '-')} {changed[name]}"
+            fail(f"--resume: {checkpoint.parent} was made with {flag}, not {now[name]}; pass that, or start a new run")
     print(f"resuming run {checkpoint.parent.name} from {checkpoint}")
     for name in sorted(changed.keys() - {"resume", "run_name"}):
         print(f"  {name} is now {now[name]}, was {changed[name]}")

@@ -111,14 +111,12 @@ def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]
     rows = [row for row in rows if is_selected(row[1], config)][: config.max_prompts]
     if len(rows) < config.rollouts_per_step or not eval_rows:
         fail(f"{config.data_path}: {len(rows)} prompts selected, --rollouts-per-step is {config.rollouts_per_step}")
-    return tuple(
-        [make_prompt(where, row, config, tokenizer) for where, row in part] for part in (rows, eval_rows[:512])
-    )
+    return tuple([make_prompt(*row, config, tokenizer) for row in part] for part in (rows, eval_rows[:512]))
 
 
 def is_selected(row: dict, config: Config) -> bool:
-    few_terms, few_digits = row.get("num_terms", 0) <= config.max_terms, row.get("num_digits", 0) <= config.max_digits
-    return few_terms and few_digits and set(row.get("operators", "")) <= set(config.operators)
+    is_small = row.get("num_terms", 0) <= config.max_terms and row.get("num_digits", 0) <= config.max_digits
+    return is_small and set(row.get("operators", "")) <= set(config.operators)
 
 
 def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
@@ -128,10 +126,8 @@ def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
     answer = str(row[config.answer_field]).split("####")[-1].strip()
     if parse_number(answer) is None:
         fail(f"{where}: field {config.answer_field!r} must be a number, is {answer[:50]!r}")
-    messages = [
-        {"role": "system", "content": config.system_prompt},
-        {"role": "user", "content": str(row[config.question_field])},
-    ]
+    texts = {"system": config.system_prompt, "user": str(row[config.question_field])}
+    messages = [{"role": role, "content": text} for role, text in texts.items()]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS, where the model has one
     if len(ids) + config.max_new_tokens > config.max_length:
@@ -235,10 +231,7 @@ def sample(policy, tokenizer, prompts: list[list[int]], copies: int, config: Con
                 cache.reorder_cache(going)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             position_ids = positions[:, None] + t
-            output = policy(
-                tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
-            )
-            logits = output.logits
+            logits = policy(tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
     counts = counts.tolist()
     return [row[:n] for row, n in zip(ids.cpu(), counts)], [row[:n] for row, n in zip(log_probs.cpu(), counts)]
 
@@ -258,7 +251,7 @@ def rollout(policy, tokenizer, prompts: list[Prompt], group_size: int, config: C
                 completion_ids=ids[group],
                 masks=[torch.ones_like(row) for row in ids[group]],
                 sampled_log_probs=log_probs[group],
-                truncated=torch.tensor([float(row[-1] not in ends) for row in ids[group]]),
+                truncated=torch.tensor([float(row[-1].item() not in ends) for row in ids[group]]),
                 completions=tokenizer.batch_decode(ids[group], skip_special_tokens=True),
                 answer=prompt.answer,
             )
@@ -278,8 +271,6 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- log-probs
-
-
 def sequences_log_probs(model, batch: MicroBatch, config: Config) -> torch.Tensor:
     """Log-probs of a micro-batch's sampled tokens under `model`, (sampled tokens,), in at least float32.
 
@@ -410,7 +401,7 @@ def main(config: Config) -> None:
         replay_buffer.extend(experiences)
         batches = replay_buffer.batches(config, packed, make_generator("cpu", config.seed, "batches", step))
         batches = [[micro_batch.to(device) for micro_batch in batch] for batch in batches]
-        sums, grad_norms, skipped = [], [], 0
+        sums, grad_norms = [], []
         with out_of_memory_names("micro_batch_tokens"):
             remember_log_probs(policy, reference, batches, config)
 
@@ -426,29 +417,22 @@ def main(config: Config) -> None:
                     sums.append(token_sums)
                 scaler.unscale_(optimizer)
                 grad_norms.append(clip_grad_norm_(policy.parameters(), config.max_norm).item())
-                if math.isfinite(grad_norms[-1]):
+                skipped_in_a_row = 0 if math.isfinite(grad_norms[-1]) else skipped_in_a_row + 1
+                if skipped_in_a_row == 0:
                     scaler.step(optimizer)
-                    skipped_in_a_row = 0
-                else:
-                    skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-                    if skipped_in_a_row == MAX_SKIPPED:
-                        fail(
-                            f"no finite gradient in {MAX_SKIPPED} updates; the last good policy: {run.last_checkpoint}"
-                        )
+                elif skipped_in_a_row == MAX_SKIPPED:
+                    fail(f"no finite gradient in {MAX_SKIPPED} updates; last good policy: {run.last_checkpoint}")
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
         replay_buffer.clear()
 
         # 5. Log, evaluate, save.
-        num_tokens, elapsed = sum(map(len, sum([e.completion_ids for e in experiences], []))), time.time() - start
-        finite = [norm for norm in grad_norms if math.isfinite(norm)]
+        elapsed, num_tokens = time.time() - start, sum(mask.sum().item() for e in experiences for mask in e.masks)
         gaps = [(b.old_log_probs - b.sampled_log_probs).abs().max().item() for b in sum(batches, [])]
         metrics = {
             "elapsed_seconds": elapsed,
             **rollout_metrics(experiences),
-            **loss_metrics(sums, len(grad_norms)),
-            "grad_norm": sum(finite) / len(finite) if finite else None,  # before it is scaled down to max_norm
-            "skipped_updates": skipped,
+            **loss_metrics(sums, grad_norms),
             "max_log_prob_gap": max(gaps, default=None),  # sampled against recomputed, over all tokens
             "lr": config.lr,
             "sample_tokens_per_second": num_tokens / (sampling_end - step_start),
@@ -468,7 +452,6 @@ def main(config: Config) -> None:
             run.save(step, policy, tokenizer, trainer | {"elapsed_seconds": elapsed, "prompt_cursor": cursor})
         if run.stop_requested:
             break
-    bar.close()
     run.close(before, evaluation, time.time() - start)
 
 
