@@ -21,6 +21,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 # What a resumed run shares with the run that it continues, so that its weights fit and its prompts go on in order.
 FIXED = ("model_name", "lora_rank", "load_in_4bit", "optimizer", "seed", "data_path", "eval_data_path", "max_prompts")
 FIXED += ("group_size", "rollouts_per_step", "train_batch_size", "epochs_per_step")
+POSITIVE = ("temperature", "max_new_tokens", "epochs_per_step", "eval_interval", "checkpoint_interval")
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of a full disk, as Python, torch and safetensors report it
 
 
@@ -34,23 +35,15 @@ def check_config(config) -> None:
     completions = config.rollouts_per_step * config.group_size
     if config.group_size < 2:
         fail(f"--group-size {config.group_size}: a completion is compared with its group; take at least 2")
-    if (
-        config.train_batch_size < 1
-        or config.train_batch_size % config.group_size
-        or completions % config.train_batch_size
-    ):
+    batch = config.train_batch_size
+    if batch < 1 or batch % config.group_size or completions % batch:
         wanted = f"a multiple of --group-size {config.group_size} that divides --rollouts-per-step x --group-size"
-        fail(f"--train-batch-size {config.train_batch_size}: must be {wanted} = {completions}")
+        fail(f"--train-batch-size {batch}: must be {wanted} = {completions}")
     if config.load_in_4bit and not config.lora_rank:
         fail("--load-in-4bit: 4-bit weights cannot be trained; add --lora-rank 16")
-    for name in (
-        "temperature",
-        "max_new_tokens",
-        "sample_rows",
-        "epochs_per_step",
-        "eval_interval",
-        "checkpoint_interval",
-    ):
+    if config.sample_rows < config.group_size:
+        fail(f"--sample-rows {config.sample_rows}: must hold one group, --group-size {config.group_size}")
+    for name in POSITIVE:
         if getattr(config, name) <= 0:
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
 
