@@ -45,14 +45,11 @@ def token_weights(masks: list[Tensor], critic_type: str, generate_max_length: in
         dapo     1 / (all sampled tokens)         a mean over all tokens (2503.14476)
     """
     lengths = [mask.sum().item() for mask in masks]
-    if critic_type == "grpo":
-        denominators = [max(length, 1) * len(masks) for length in lengths]
-    elif critic_type == "drgrpo":
-        denominators = [generate_max_length * len(masks)] * len(masks)
-    elif critic_type == "dapo":
-        denominators = [max(sum(lengths), 1)] * len(masks)
-    else:
-        raise ValueError(f"critic_type is grpo, drgrpo or dapo, not {critic_type!r}")
+    denominators = {
+        "grpo": [max(length, 1) * len(masks) for length in lengths],
+        "drgrpo": [generate_max_length * len(masks)] * len(masks),
+        "dapo": [max(sum(lengths), 1)] * len(masks),
+    }[critic_type]
     return [mask / denominator for mask, denominator in zip(masks, denominators)]
 
 
@@ -69,39 +66,35 @@ class GRPOLoss(nn.Module):
         self.clip_eps_low, self.clip_eps_high, self.kl_weight = clip_eps_low, clip_eps_high, kl_weight
 
     def forward(self, log_probs: Tensor, batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """log_probs: (sampled tokens,). batch: has old_log_probs, reference_log_probs, advantages and weights,
-        (sampled tokens,) each; reference_log_probs may be None where kl_weight is 0.
-
-        Returns the loss, a scalar, and sums over tokens from which a step's metrics are made.
-        """
+        """The loss, a scalar, and sums over tokens for `loss_metrics`. log_probs, and of a MicroBatch old_log_probs,
+        reference_log_probs (not read where kl_weight is 0), advantages and weights: (sampled tokens,)."""
         ratio = log_ratio(log_probs, batch.old_log_probs).exp()
         clipped_ratio = ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high)
         surrogate, clipped_surrogate = ratio * batch.advantages, clipped_ratio * batch.advantages
         token_loss = -torch.min(surrogate, clipped_surrogate)
-        kl = torch.zeros_like(token_loss)
+        sums = {"tokens": torch.tensor(ratio.numel()), "clipped": (clipped_surrogate < surrogate).sum()}
+        sums |= {"ratio": ratio.sum(), "ratio_squared": ratio.square().sum()}
         if self.kl_weight:
             kl = approx_kl_divergence(log_probs, batch.reference_log_probs)
-            token_loss = token_loss + self.kl_weight * kl
-        loss = (batch.weights * token_loss).sum()
-        sums = {
-            "loss": loss,
-            "kl": kl.sum(),
-            "clipped": (clipped_surrogate < surrogate).sum(),
-            "ratio": ratio.sum(),
-            "ratio_squared": ratio.square().sum(),
-            "tokens": torch.tensor(ratio.numel()),
-        }
+            token_loss, sums["kl"] = token_loss + self.kl_weight * kl, kl.sum()
+        loss = sums["loss"] = (batch.weights * token_loss).sum()
+        sums["gap"] = (batch.old_log_probs - batch.sampled_log_probs).abs().max()
         return loss, {name: value.detach() for name, value in sums.items()}
 
 
 def loss_metrics(sums: list[dict[str, Tensor]], grad_norms: list[float]) -> dict[str, float | None]:
-    """Figures of a step: from GRPOLoss's sums means over tokens, and means over updates, each with a gradient norm."""
+    """Figures of a step from GRPOLoss's sums: means over tokens; loss and gradient norm are means over updates."""
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
-    metrics = dict.fromkeys(("loss", "kl", "clip_fraction", "ess", "grad_norm"))
-    metrics["skipped_updates"] = len(grad_norms) - len(finite)
-    if finite:
-        total = {name: sum(part[name].item() for part in sums) for name in sums[0]}
-        metrics["loss"], metrics["grad_norm"] = total["loss"] / len(grad_norms), sum(finite) / len(finite)
-        metrics["kl"], metrics["clip_fraction"] = total["kl"] / total["tokens"], total["clipped"] / total["tokens"]
-        metrics["ess"] = total["ratio"] ** 2 / (total["tokens"] * total["ratio_squared"])
-    return metrics
+    if not finite:
+        figures = dict.fromkeys(("loss", "grad_norm", "kl", "clip_fraction", "ess", "max_log_prob_gap"))
+        return {**figures, "skipped_updates": len(grad_norms)}
+    total = {name: sum(part[name].item() for part in sums) for name in sums[0]}
+    return {
+        "loss": total["loss"] / len(grad_norms),
+        "grad_norm": sum(finite) / len(finite),  # before it is scaled down to max_norm
+        "kl": total["kl"] / total["tokens"] if "kl" in total else None,
+        "clip_fraction": total["clipped"] / total["tokens"],
+        "ess": total["ratio"] ** 2 / (total["tokens"] * total["ratio_squared"]),
+        "max_log_prob_gap": max(part["gap"].item() for part in sums),  # sampled against recomputed
+        "skipped_updates": len(grad_norms) - len(finite),
+    }

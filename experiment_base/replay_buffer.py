@@ -97,8 +97,6 @@ def join_experience_batch(rows: list[tuple[Experience, list[int], list[Tensor]]]
 
 
 class ReplayBuffer:
-    """The groups of one step."""
-
     def __init__(self) -> None:
         self.experiences: list[Experience] = []
 

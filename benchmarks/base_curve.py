@@ -1,0 +1,122 @@
+"""Run the README's first command for several seeds and draw what came out.
+
+    python benchmarks/base_curve.py                 # seeds 42, 1 and 2, one after the other
+
+Writes results/base_curve.json (every seed's figures, and greedy answers to ten held-out questions before and after) and
+results/base_curve.png. Runs that are complete under --log-dir are not repeated.
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENT = ROOT / "experiment_base"
+sys.path.insert(0, str(EXPERIMENT))
+
+
+@dataclass
+class Config:
+    seeds: tuple[int, ...] = (42, 1, 2)
+    log_dir: Path = Path("runs/base_curve")
+    checkpoint_path: Path = Path("output/base_curve")
+    results: Path = ROOT / "results"
+
+
+def run_seed(seed: int, config: Config) -> list[dict]:
+    """Lines of metrics.jsonl of one run of the default command."""
+    path = config.log_dir / f"seed_{seed}" / "metrics.jsonl"
+    if not (path.is_file() and "eval_accuracy" in path.read_text().splitlines()[-1]):
+        flags = {"seed": seed, "run-name": f"seed_{seed}", "eval-interval": 2}
+        flags |= {"log-dir": config.log_dir, "checkpoint-path": config.checkpoint_path}
+        command = [sys.executable, EXPERIMENT / "train.py"]
+        subprocess.run(
+            command + [str(part) for name, value in flags.items() for part in (f"--{name}", value)], check=True
+        )
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def summarise(seed: int, lines: list[dict]) -> dict:
+    evaluated = [line for line in lines if "eval_accuracy" in line]
+    passed = [line["elapsed_seconds"] for line in evaluated[1:] if line["eval_accuracy"] >= 0.95]
+    return {
+        "seed": seed,
+        "eval_accuracy": [evaluated[0]["eval_accuracy"], evaluated[-1]["eval_accuracy"]],
+        "eval_accuracy_lenient": [evaluated[0]["eval_accuracy_lenient"], evaluated[-1]["eval_accuracy_lenient"]],
+        "sampled_accuracy_step_1": lines[1]["reward_accuracy"],
+        "seconds_to_95_percent": passed[0] if passed else None,  # evaluations included
+        "training_seconds": lines[-1]["elapsed_seconds"],
+        "steps": lines[-1]["step"],
+        "peak_memory_gib": lines[-1]["peak_memory"],
+        "max_log_prob_gap": max(line["max_log_prob_gap"] for line in lines[1:]),
+    }
+
+
+def greedy_answers(model_name: str, count: int = 10) -> list[dict]:
+    """The policy's greedy completions of the first held-out questions."""
+    import train
+    from model import load_model, load_tokenizer
+
+    config = train.Config(model_name=model_name, precision="float32", kl_weight=0)
+    tokenizer = load_tokenizer(model_name)
+    _, prompts = train.read_prompts(config, tokenizer)
+    policy, _ = load_model(config, torch.device("cpu"))
+    answers = train.rollout(policy, tokenizer, prompts[:count], 1, config)
+    return [
+        {"prompt": tokenizer.decode(a.prompt_ids), "completion": a.completions[0], "answer": a.answer} for a in answers
+    ]
+
+
+def draw(curves: dict[int, list[dict]], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    for i, (seed, lines) in enumerate(curves.items()):
+        evaluated = [line for line in lines if "eval_accuracy" in line]
+        seconds = [line.get("elapsed_seconds", 0) for line in evaluated]
+        for name, style in (("eval_accuracy", "-"), ("eval_accuracy_lenient", ":")):
+            label = f"seed {seed}, {'tags ignored' if style == ':' else 'as rewarded'}"
+            left.plot(seconds, [line[name] for line in evaluated], style, color=f"C{i}", label=label)
+        right.plot(
+            [line["step"] for line in lines[1:]], [line["completion_length"] for line in lines[1:]], color=f"C{i}"
+        )
+    left.axhline(0.95, color="grey", linewidth=0.5)
+    left.set(xlabel="seconds of training, two CPU cores", ylabel="held-out greedy accuracy", ylim=(0, 1.02))
+    left.legend(fontsize=7, loc="lower right")
+    right.set(xlabel="step", ylabel="sampled tokens per completion")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(config: Config) -> None:
+    curves = {seed: run_seed(seed, config) for seed in config.seeds}
+    first = config.seeds[0]
+    last = config.checkpoint_path / "experiment_base" / f"seed_{first}" / f"step_{curves[first][-1]['step']:06d}"
+    before, after = greedy_answers(str(ROOT / "data" / "policy_math")), greedy_answers(str(last))
+    report = {
+        "command": "python experiment_base/train.py --seed SEED --eval-interval 2",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+        "seeds": [summarise(seed, lines) for seed, lines in curves.items()],
+        "answers": [
+            {"prompt": b["prompt"], "answer": b["answer"], "before": b["completion"], "after": a["completion"]}
+            for b, a in zip(before, after)
+        ],
+    }
+    (config.results / "base_curve.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw(curves, config.results / "base_curve.png")
+    print(json.dumps(report["seeds"], indent=2))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

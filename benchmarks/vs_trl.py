@@ -1,0 +1,494 @@
+"""experiment_base/train.py against trl's GRPOTrainer on the same work, on the CPU, each at its best.
+
+    python benchmarks/vs_trl.py             # everything: about 20 minutes on 2 cores; writes results/vs_trl.json and .png
+    python benchmarks/vs_trl.py --quick     # the ratios alone, within 2 minutes; writes results/vs_trl_quick.json
+
+Each side is a process of its own that takes a step when this one says so, in turns, so that both see the same machine. A
+step is 16 prompts x 8 completions and the two updates of 64 completions that follow, with the same model, prompts in the
+same order, rewards, KL weight, clipping and AdamW. What is timed is the code that people run:
+
+    ours    train.main itself; its progress bar is replaced by one that waits for the driver between two steps. Its
+            logging counts as part of the step.
+    trl     GRPOTrainer.train, which waits in a callback. Its logging, progress bar and saving are off, gradient
+            checkpointing too; micro-batch, bf16, attention and generation backend are the fastest that a search finds.
+
+Evaluations (our `evaluate` for both) count neither as time nor as memory. Memory is the kernel's high-water mark of
+a step above what the process held when the models were loaded, so it needs Linux. In the JSON:
+
+    step_time_ratio       median over pairs of steps of TRL's seconds over ours
+    peak_memory_ratio     median over pairs of our peak above the level after loading over TRL's
+    accuracy_difference   held-out accuracy, ours minus TRL's, mean over the evaluations after step 0 and over the seeds
+"""
+
+import gc
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from ctypes import CDLL
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, median
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDES = ("ours", "trl")
+PACKAGES = ("torch", "transformers", "trl", "accelerate")
+PATIENCE = 600  # seconds without an answer after which a worker counts as stuck
+TRL_SETTINGS = {  # where the search starts; what --quick takes where no results are at hand
+    "per_device_train_batch_size": 32,
+    "bf16": False,
+    "attn_implementation": "sdpa",
+    "use_transformers_continuous_batching": False,
+}
+CANDIDATES = {  # the search goes through them in this order, each time with the best of the settings before
+    "per_device_train_batch_size": (8, 16, 32, 64),
+    "bf16": (False, True),
+    "attn_implementation": ("sdpa", "eager"),
+    "use_transformers_continuous_batching": (False, True),
+}
+
+
+@dataclass
+class Options:
+    quick: bool = False  # the ratios alone, with the TRL settings of the last full run
+    model_name: str = str(ROOT / "data" / "policy_math")  # a model's directory, or its name on the hub
+    pairs: int = 12  # timed pairs of steps; --quick takes 6
+    warmup: int = 2  # pairs of steps before them
+    search_steps: int = 3  # timed steps of each candidate in the search, after one to warm up
+    steps: int = 40  # steps of a learning curve
+    eval_interval: int = 5  # steps between two points of it
+    seeds: tuple[int, ...] = (42, 1, 2)  # a curve of each side for every seed; the first is the one of the pairs
+    output_dir: Path = ROOT / "results"
+
+
+# ---------------------------------------------------------------- worker: clock and memory
+def memory(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most since `reset_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def give_back_memory() -> None:
+    """Return what is free to the system, so that a level is what is in use."""
+    gc.collect()
+    CDLL("libc.so.6").malloc_trim(0)
+
+
+class Clock:
+    """Waits for the driver between steps and measures each. Standard output carries one line of JSON a step."""
+
+    def __init__(self) -> None:
+        self.pipe = os.fdopen(os.dup(1), "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what else is printed
+        self.info, self.level, self.start, self.paused, self.evaluation, self.reward = {}, 0, None, False, None, None
+
+    def loaded(self) -> None:
+        give_back_memory()
+        self.level = memory("VmRSS")
+
+    def next_step(self) -> None:
+        """Report the step that has ended, or that all is loaded; wait for the driver; begin the next step."""
+        if self.start is None:
+            report = {"loaded_bytes": self.level, "accuracy": self.evaluation, **self.info}
+        else:
+            seconds = time.perf_counter() - self.start - self.excluded
+            peak = max(self.peak, memory("VmHWM")) - self.level
+            report = {
+                "seconds": seconds,
+                "sampling_seconds": self.sampling,
+                "training_seconds": seconds - self.sampling,
+            }
+            report |= {"tokens": self.tokens, "peak_bytes": peak, "reward": self.reward, "accuracy": self.evaluation}
+        print(json.dumps(report), file=self.pipe, flush=True)
+        if sys.stdin.readline().strip() != "go":
+            os._exit(0)  # the driver has all it wants, or is gone
+        self.excluded, self.sampling, self.tokens, self.peak, self.evaluation = 0.0, 0.0, 0, 0, None
+        reset_peak()
+        self.start = time.perf_counter()
+
+    def evaluating(self, evaluate):
+        """`evaluate`, neither its time nor its memory counted."""
+
+        def wrapped(*args):
+            begin, self.paused, self.peak = time.perf_counter(), True, memory("VmHWM") if self.start else 0
+            result = evaluate(*args)
+            self.evaluation, self.paused = result["eval_accuracy"], False
+            give_back_memory()
+            reset_peak()
+            self.excluded = time.perf_counter() - begin
+            return result
+
+        return wrapped
+
+    def sampling_in(self, generate, count_tokens):
+        """`generate`, its time counted as sampling."""
+
+        def wrapped(*args, **kwargs):
+            begin = time.perf_counter()
+            result = generate(*args, **kwargs)
+            if not self.paused:
+                self.sampling += time.perf_counter() - begin
+                self.tokens += count_tokens(result)
+            return result
+
+        return wrapped
+
+
+# ---------------------------------------------------------------- worker: the two sides
+def work(side: str, model_name: str, seed: int, steps: int, eval_interval: int, settings: dict, folder: str) -> None:
+    """One side, until the driver wants no more. One step more than it may ask for, so that no step is the last."""
+    sys.path.insert(0, str(ROOT / "experiment_base"))
+    import train
+
+    clock = Clock()
+    train.evaluate = clock.evaluating(train.evaluate)
+    config = train.Config(model_name=model_name, seed=seed, max_steps=steps + 1, epochs=steps + 1)
+    config.log_dir, config.checkpoint_path, config.checkpoint_interval = f"{folder}/runs", f"{folder}/output", 10**9
+    config.eval_interval = eval_interval or 10**9
+    (run_ours if side == "ours" else run_trl)(train, config, clock, settings, folder)
+
+
+def run_ours(train, config, clock: Clock, settings: dict, folder: str) -> None:
+    load_model, log = train.load_model, train.Run.log
+
+    def load_and_tell(*args):
+        models = load_model(*args)
+        clock.loaded()
+        return models
+
+    def log_and_tell(run, step, metrics, text=None):
+        clock.reward = metrics.get("reward")
+        log(run, step, metrics, text)
+
+    class Steps:  # in place of the progress bar, whose iterator is where main passes from one step to the next
+        def __init__(self, steps, **_):
+            self.steps = steps
+
+        def __iter__(self):
+            for step in self.steps:
+                clock.next_step()
+                yield step
+
+        def set_postfix(self, **_):
+            pass
+
+    def count(experiences):
+        return int(sum(mask.sum().item() for experience in experiences for mask in experience.masks))
+
+    clock.info = {"settings": {name: str(value) for name, value in asdict(config).items()}}
+    train.load_model, train.Run.log, train.tqdm = load_and_tell, log_and_tell, Steps
+    train.rollout = clock.sampling_in(train.rollout, count)
+    train.main(config)
+
+
+def trl_arguments(config, settings: dict, folder: str) -> dict:
+    """GRPOConfig's arguments for the work that `config` describes."""
+    rows, micro_batch = config.rollouts_per_step * config.group_size, settings["per_device_train_batch_size"]
+    updates = rows // config.train_batch_size * config.epochs_per_step
+    same_work = {
+        "num_generations": config.group_size,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": config.train_batch_size // micro_batch,
+        "steps_per_generation": rows // micro_batch,
+        "num_iterations": config.epochs_per_step,
+        "max_steps": config.max_steps * updates,
+        "max_completion_length": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "beta": config.kl_weight,
+        "use_bias_correction_kl": False,  # the KL of the paper and of ours
+        "epsilon": config.clip_eps_low,
+        "epsilon_high": config.clip_eps_high,
+        "loss_type": "grpo",
+        "scale_rewards": "group",
+        "reward_weights": [1.0, config.format_weight],
+        "mask_truncated_completions": False,
+        "learning_rate": config.lr,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",  # as ours
+        "weight_decay": 0.0,
+        "max_grad_norm": config.max_norm,
+        "shuffle_dataset": False,  # the rows are in order already
+        "seed": config.seed,
+    }
+    speed = {
+        "use_cpu": True,
+        "bf16": settings["bf16"],
+        "gradient_checkpointing": False,
+        "use_transformers_continuous_batching": settings["use_transformers_continuous_batching"],
+        "model_init_kwargs": {"dtype": "float32", "attn_implementation": settings["attn_implementation"]},
+        "output_dir": f"{folder}/trl",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return same_work | speed
+
+
+def run_trl(train, config, clock: Clock, settings: dict, folder: str) -> None:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = train.load_tokenizer(config.model_name)
+    prompts, eval_prompts = train.read_prompts(config, tokenizer)
+    prompts = [
+        prompt for step in range(config.max_steps) for prompt in train.prompts_of_step(prompts, step + 1, config)
+    ]
+    texts = [tokenizer.decode(prompt.ids) for prompt in prompts]
+    if tokenizer(text=texts)["input_ids"] != [prompt.ids for prompt in prompts]:
+        sys.exit("error: TRL would tokenise the prompts to other ids than ours")
+    arguments = trl_arguments(config, settings, folder)
+    updates = arguments["max_steps"] // config.max_steps
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            step, update = divmod(state.global_step, updates)
+            if update:
+                return
+            clock.reward = (trainer._metrics["train"]["reward"] or [None])[-1]
+            if step % config.eval_interval == 0:
+                train.evaluate(model, tokenizer, eval_prompts, config)
+                model.train()
+            clock.next_step()
+
+    def accuracy_reward(completions, answer, **_):
+        return [train.accuracy_reward(*pair) for pair in zip(completions, answer)]
+
+    def format_reward(completions, **_):
+        return [train.format_reward(completion) for completion in completions]
+
+    trainer = GRPOTrainer(
+        model=config.model_name,
+        reward_funcs=[accuracy_reward, format_reward],
+        args=GRPOConfig(**arguments),
+        train_dataset=Dataset.from_dict({"prompt": texts, "answer": [prompt.answer for prompt in prompts]}),
+        processing_class=tokenizer,
+        callbacks=[Turns()],
+    )
+    trainer._generate = clock.sampling_in(trainer._generate, lambda result: sum(map(len, result[1])))
+    clock.info = {"settings": arguments}
+    clock.loaded()
+    trainer.train()
+
+
+# ---------------------------------------------------------------- driver
+class Worker:
+    """A side in a process of its own."""
+
+    def __init__(self, side: str, options: Options, seed: int, steps: int, eval_interval=0, settings=None) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        job = (side, options.model_name, seed, steps, eval_interval, settings, self.folder.name)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
+        command = [sys.executable, __file__, "--worker", json.dumps(job)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.side = side  # in a session of its own: Ctrl-C reaches the driver alone, which ends it
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+    def answer(self) -> dict:
+        """The next report; it holds no second line, because a worker speaks once when it is asked."""
+        ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
+        line = self.process.stdout.readline() if ready else ""
+        if not line:
+            raise RuntimeError(f"the {self.side} worker {'ended' if ready else 'is stuck'}; its messages are above")
+        return json.loads(line)
+
+    def step(self) -> dict:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.folder.cleanup()
+
+
+def in_turns(options: Options, settings: dict, seed: int, steps: int, eval_interval: int = 0):
+    """(what each side says when it is loaded, a pair of reports for every step), the steps taken in turns."""
+    with (
+        Worker("ours", options, seed, steps, eval_interval) as ours,
+        Worker("trl", options, seed, steps, eval_interval, settings) as trl,
+    ):
+        workers = (ours, trl)
+        loaded = {worker.side: worker.answer() for worker in workers}
+        before = [loaded[side]["accuracy"] for side in SIDES]
+        if abs(before[0] - before[1]) > 0.01:
+            raise RuntimeError(f"not the same model: held-out accuracy before training {before}")
+        pairs = []
+        for step in range(1, steps + 1):
+            pairs.append({worker.side: worker.step() for worker in workers})
+            seconds = ", ".join(f"{side} {pairs[-1][side]['seconds']:.2f} s" for side in SIDES)
+            print(f"seed {seed}, step {step:2d}/{steps}: {seconds}", flush=True)
+    return loaded, pairs
+
+
+def search(options: Options) -> tuple[dict, list[dict]]:
+    """(TRL's fastest settings, every trial). A setting that cannot run is kept with its error."""
+    best, trials = dict(TRL_SETTINGS), []
+    for name, values in CANDIDATES.items():
+        for value in values:
+            settings = best | {name: value}
+            if any(trial["settings"] == settings for trial in trials):
+                continue
+            trials.append({"settings": settings, **try_settings(options, settings)})
+            print(f"search: {trials[-1]}", flush=True)
+        best = min((t for t in trials if "seconds" in t), key=lambda t: t["seconds"])["settings"]
+    return best, trials
+
+
+def try_settings(options: Options, settings: dict) -> dict:
+    with Worker("trl", options, options.seeds[0], options.search_steps + 1, settings=settings) as worker:
+        try:
+            worker.answer()
+            steps = [worker.step() for _ in range(options.search_steps + 1)][1:]
+        except RuntimeError as error:
+            return {"error": str(error)}
+    return {name: median(step[name] for step in steps) for name in ("seconds", "sampling_seconds", "peak_bytes")}
+
+
+def figures_of_side(steps: list[dict]) -> dict:
+    """Medians over steps; tokens are the sampled ones."""
+    names = ("seconds", "sampling_seconds", "training_seconds", "tokens", "peak_bytes")
+    figures = {name: median(step[name] for step in steps) for name in names}
+    figures["tokens_per_second"] = median(step["tokens"] / step["seconds"] for step in steps)
+    figures["sampling_tokens_per_second"] = median(step["tokens"] / step["sampling_seconds"] for step in steps)
+    return figures
+
+
+def measure_pairs(options: Options, settings: dict) -> dict:
+    loaded, pairs = in_turns(options, settings, options.seeds[0], options.warmup + options.pairs)
+    pairs = pairs[options.warmup :]
+    return {
+        "step_time_ratio": median(pair["trl"]["seconds"] / pair["ours"]["seconds"] for pair in pairs),
+        "peak_memory_ratio": median(pair["ours"]["peak_bytes"] / pair["trl"]["peak_bytes"] for pair in pairs),
+        **{side: figures_of_side([pair[side] for pair in pairs]) for side in SIDES},
+        "loaded": loaded,
+        "pairs": pairs,
+    }
+
+
+def measure_curves(options: Options, settings: dict) -> dict:
+    """Held-out accuracy of both sides at equal steps, for every seed."""
+    curves, times = [], []
+    for seed in options.seeds:
+        loaded, pairs = in_turns(options, settings, seed, options.steps, options.eval_interval)
+        curve = {"seed": seed, "steps": list(range(0, options.steps + 1, options.eval_interval))}
+        for side in SIDES:
+            accuracy = [loaded[side]["accuracy"]] + [pair[side]["accuracy"] for pair in pairs]
+            seconds = [sum(pair[side]["seconds"] for pair in pairs[:step]) for step in curve["steps"]]
+            curve[side] = {"accuracy": [accuracy[step] for step in curve["steps"]], "seconds": seconds}
+            curve[side]["reward"] = [pair[side]["reward"] for pair in pairs]
+        times += [pair["trl"]["seconds"] / pair["ours"]["seconds"] for pair in pairs]
+        curves.append(curve)
+    differences = [  # (seeds, evaluations after step 0)
+        [a - b for a, b in zip(curve["ours"]["accuracy"][1:], curve["trl"]["accuracy"][1:])] for curve in curves
+    ]
+    return {
+        "accuracy_difference": mean(map(mean, differences)),
+        "accuracy_difference_last_step": mean(row[-1] for row in differences),
+        "last_accuracy": {side: mean(curve[side]["accuracy"][-1] for curve in curves) for side in SIDES},
+        "step_time_ratio_over_curves": median(times),
+        "curves": curves,
+    }
+
+
+def describe_machine() -> dict:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "cpu": names[0] if names else os.uname().machine,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in PACKAGES},
+    }
+
+
+def plot(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = {"ours": "experiment_base/train.py", "trl": f"trl {version('trl')} GRPOTrainer"}
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+    curves = results["curves"]
+    for side, color in zip(SIDES, ("tab:blue", "tab:orange")):
+        accuracy = [mean(column) for column in zip(*(curve[side]["accuracy"] for curve in curves))]
+        seconds = [mean(column) for column in zip(*(curve[side]["seconds"] for curve in curves))]
+        for panel, x in zip(panels, (curves[0]["steps"], seconds)):
+            panel.plot(x, accuracy, color=color, linewidth=2.5, label=labels[side])
+        for curve in curves:
+            for panel, x in zip(panels, (curve["steps"], curve[side]["seconds"])):
+                panel.plot(x, curve[side]["accuracy"], color=color, linewidth=0.8, alpha=0.5)
+    panels[0].set(xlabel="step", ylabel="held-out accuracy (greedy)", title="at equal steps")
+    ratio = results["step_time_ratio"]
+    panels[1].set(
+        xlabel="seconds, without the evaluations", title=f"against wall time (a step: {ratio:.1f} times faster)"
+    )
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    panels[0].legend(title=f"mean of seeds {', '.join(str(curve['seed']) for curve in curves)}; thin: each seed")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def rounded(value):
+    """Floats to 5 digits, paths of this checkout made relative, through lists and dicts."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    if isinstance(value, (str, Path)):
+        return str(value).replace(f"{ROOT}/", "")
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def main(options: Options) -> None:
+    start, path = time.time(), options.output_dir / "vs_trl.json"
+    if options.quick:
+        options.pairs, options.warmup = min(options.pairs, 6), 1
+        known = path.is_file()
+        settings, trials = json.loads(path.read_text())["trl_settings"] if known else TRL_SETTINGS, None
+        print(f"TRL's settings, {f'from {path}' if known else 'the defaults, not searched for'}: {settings}")
+        path = path.with_stem("vs_trl_quick")
+    else:
+        settings, trials = search(options)
+    results = measure_pairs(options, settings)
+    if not options.quick:
+        results |= measure_curves(options, settings)
+    head = {name: value for name, value in results.items() if isinstance(value, float)}
+    about = {"machine": describe_machine(), "options": asdict(options), "trl_settings": settings, "search": trials}
+    about["seconds_in_all"] = time.time() - start
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rounded(head | about | results), indent=1) + "\n")
+    if not options.quick:
+        plot(results, path.with_suffix(".png"))
+    for side in SIDES:
+        print(f"{side}: " + ", ".join(f"{name} {value:,.4g}" for name, value in results[side].items()))
+    print(json.dumps(rounded(head)))
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(*json.loads(sys.argv[2]))
+    else:
+        main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,185 @@
+"""The arithmetic tasks and what the embedded policy is taught: right answers, even cells, nothing held out is shown."""
+
+import ast
+import json
+import operator
+import random
+import re
+import sys
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from helpers import ROOT, load_experiment
+
+DATA = ROOT / "data"
+sys.path.insert(0, str(DATA))
+import make_math_tasks as tasks  # noqa: E402
+import make_tiny_model as tiny  # noqa: E402
+
+FILES = ("math_tasks.jsonl", "math_tasks_eval.jsonl", "math_tasks_hard_eval.jsonl")
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+train = load_experiment().train
+
+
+def value(node):
+    """The value of an expression by Python's own grammar: a second opinion on precedence and signs."""
+    if isinstance(node, str):
+        return value(ast.parse(node, mode="eval").body)
+    if isinstance(node, ast.BinOp):
+        return OPERATIONS[type(node.op)](value(node.left), value(node.right))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -value(node.operand)
+    assert isinstance(node, ast.Constant) and type(node.value) is int
+    return Fraction(node.value)
+
+
+def cell_of(row):
+    return row["num_terms"], row["num_digits"], row["operators"]
+
+
+@pytest.fixture(scope="module")
+def files():
+    return {name: [json.loads(line) for line in (DATA / name).read_text().splitlines()] for name in FILES}
+
+
+# ---------------------------------------------------------------- the files
+def test_counts(files):
+    assert len(files[FILES[0]]) >= 8192 and [len(files[name]) for name in FILES[1:]] == [512, 512]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rows_say_what_they_are(files, name):
+    """Fields that lie about the expression would let --max-terms and --operators select the wrong rows."""
+    for row in files[name]:
+        assert list(row) == ["question", "answer", "expression", "num_terms", "num_digits", "operators"]
+        terms, used = row["expression"].split()[::2], row["expression"].split()[1::2]
+        assert all(term == str(int(term)) and int(term) > 0 for term in terms)
+        assert row["num_terms"] == len(terms) == len(used) + 1
+        assert row["num_digits"] == max(map(len, terms))
+        assert row["operators"] == "".join(o for o in "+-*" if o in used)
+        assert row["question"] in [phrasing.format(row["expression"]) for phrasing in tasks.PHRASINGS]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_answers_are_right(files, name):
+    for row in files[name]:
+        assert type(row["answer"]) is int and value(row["expression"]) == row["answer"], row
+
+
+def test_no_expression_stands_twice(files):
+    """Held-out accuracy means nothing where the training file has the same expression."""
+    expressions = [row["expression"] for name in FILES for row in files[name]]
+    assert len(set(expressions)) == len(expressions)
+
+
+def test_every_phrasing_is_used_about_as_often(files):
+    for rows in files.values():
+        counts = Counter(row["question"].replace(row["expression"], "{}") for row in rows)
+        assert set(counts) == set(tasks.PHRASINGS) and min(counts.values()) > len(rows) / 6 * 0.75
+
+
+# ---------------------------------------------------------------- cells
+def test_cell_sizes_match_counting_them():
+    """All expressions of the small cells, written out."""
+    for cell in [(2, 1, "+"), (3, 1, "-"), (3, 1, "+-"), (4, 1, "+*"), (2, 2, "*")]:
+        terms = [str(n) for n in range(1, 10 ** cell[1])]
+        texts = list(terms)
+        for _ in range(cell[0] - 1):
+            texts = [f"{text} {used} {term}" for text in texts for used in cell[2] for term in terms]
+        is_in_cell = [set(t.split()[1::2]) == set(cell[2]) and max(map(len, t.split()[::2])) == cell[1] for t in texts]
+        assert tasks.cell_size(cell) == sum(is_in_cell), cell
+
+
+def test_random_expressions_belong_to_their_cell():
+    rng = random.Random(0)
+    for cell in tasks.cells():
+        row = tasks.make_row(rng, cell, tasks.random_expression(rng, cell))
+        parts = row["expression"].split()
+        assert (len(parts[::2]), max(map(len, parts[::2])), set(parts[1::2])) == (cell[0], cell[1], set(cell[2]))
+
+
+def test_training_rows_are_spread_evenly(files):
+    counts = Counter(map(cell_of, files[FILES[0]]))
+    held_out = Counter(cell_of(row) for name in FILES[1:] for row in files[name])
+    assert counts.keys() == set(tasks.cells()) and len(counts) == 64
+    for cell, count in counts.items():  # the smallest cells have fewer expressions than a cell's share
+        assert count == min(160, tasks.cell_size(cell) - held_out[cell]), cell
+
+
+@pytest.mark.parametrize("name, cells", list(zip(FILES[1:], (tasks.BASE_CELLS, tasks.HARD_CELLS))))
+def test_held_out_rows_are_spread_evenly_and_a_tenth_of_a_cell_at_most(files, name, cells):
+    counts = Counter(map(cell_of, files[name]))
+    assert counts.keys() == set(cells)
+    for cell, count in counts.items():
+        limit = tasks.cell_size(cell) // 10
+        assert count <= limit and (count == limit or count >= max(counts.values()) - 1), cell
+
+
+def test_base_cells_are_what_the_base_experiment_selects():
+    """Held-out questions of a kind that is never trained on would measure something else."""
+    config = train.Config()
+    rows = [dict(zip(("num_terms", "num_digits", "operators"), cell)) for cell in tasks.cells()]
+    assert [cell_of(row) for row in rows if train.is_selected(row, config)] == tasks.BASE_CELLS
+
+
+def test_even_counts_by_hand():
+    assert tasks.even_counts(10, {"a": 1, "b": 100, "c": 100}) == {"a": 1, "b": 4, "c": 5}
+    assert tasks.even_counts(10, {"a": 2, "b": 3}) == {"a": 2, "b": 3}  # no more than there is
+
+
+@pytest.mark.parametrize(
+    "expression, answer", [("2 + 3 * 4", 14), ("2 - 3 * 4 - 5", -15), ("2 * 3 - 4 * 5", -14), ("7 - 8 + 9", 8)]
+)
+def test_products_come_first(expression, answer):
+    assert tasks.evaluate(expression) == answer
+
+
+def test_the_files_can_be_made_again(tmp_path, capsys):
+    tasks.main(tasks.Config(output=tmp_path))
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
+
+
+# ---------------------------------------------------------------- what the embedded policy is taught
+def expression_of(question):
+    return re.search(r"\d+(?: [+*-] \d+)+", question)[0]
+
+
+def test_demonstrations_never_show_a_held_out_expression(monkeypatch):
+    def shown():
+        rng = random.Random(1)
+        return {expression_of(tiny.math_demonstration(rng)[0]) for _ in range(4000)}
+
+    held_out = tasks.held_out_expressions()
+    assert len(held_out) == 1024 and not shown() & held_out
+    monkeypatch.setattr(tiny, "HELD_OUT", set())
+    assert len(shown() & held_out) > 50  # so the draw above would have met them, had they not been refused
+
+
+def test_demonstrations_in_the_good_form_earn_the_full_reward():
+    """What the policy is taught as good must be what train.py pays, else GRPO would unlearn it."""
+    rng, habits = random.Random(2), []
+    for _ in range(500):
+        question, good, habit = tiny.math_demonstration(rng)
+        answer = str(value(expression_of(question)))
+        assert train.accuracy_reward(good, answer) == train.format_reward(good) == 1, good
+        for line in good.partition("<think>")[2].partition("</think>")[0].splitlines():
+            left, result = line.split("=")
+            assert value(left) == int(result), good
+        habits.append(train.accuracy_reward(habit, answer) * train.format_reward(habit))
+    assert 0.2 < sum(habits) / len(habits) < 0.6  # the mixture must leave something to learn
+
+
+def test_system_prompts_agree():
+    """The embedded policy answers only the system prompt that it was taught with."""
+    assert tiny.MATH_SYSTEM_PROMPT == tiny.POLICIES["math"].system_prompt == train.Config().system_prompt
+
+
+def test_embedded_chat_template_renders_what_train_py_tokenises():
+    tokenizer = tiny.make_tokenizer(tiny.POLICIES["math"], 400, random.Random(0))
+    prompt = train.make_prompt("row", {"question": "What is 2 + 3?", "answer": 5}, train.Config(), tokenizer)
+    assert tokenizer.decode(prompt.ids) == tiny.chat(tokenizer, tiny.POLICIES["math"], "What is 2 + 3?")
+    assert tokenizer.convert_ids_to_tokens(prompt.ids)[0] == "<|im_start|>"  # special tokens, not their letters
+    tags = tokenizer("<think>1</think>\n<answer>23</answer>").input_ids
+    assert tokenizer.decode(tags, skip_special_tokens=True) == "<think>1</think>\n<answer>23</answer>"
