@@ -1,13 +1,13 @@
 """experiment_base/train.py against trl's GRPOTrainer on the same work, on the CPU, each at its best.
 
-    python benchmarks/vs_trl.py             # everything: about 20 minutes on 2 cores; writes results/vs_trl.json and .png
+    python benchmarks/vs_trl.py             # about 20 minutes on 2 cores; writes results/vs_trl.json and vs_trl.png
     python benchmarks/vs_trl.py --quick     # the ratios alone, within 2 minutes; writes results/vs_trl_quick.json
 
-Each side is a process of its own that takes a step when this one says so, in turns, so that both see the same machine. A
-step is 16 prompts x 8 completions and the two updates of 64 completions that follow, with the same model, prompts in the
-same order, rewards, KL weight, clipping and AdamW. What is timed is the code that people run:
+Each side is a process of its own that takes a step when this one says so, in turns, so that both see the same machine.
+A step is 16 prompts x 8 completions and the two updates of 64 completions that follow, with the same model, prompts
+in the same order, rewards, KL weight, clipping and AdamW. What is timed is the code that people run:
 
-    ours    train.main itself; its progress bar is replaced by one that waits for the driver between two steps. Its
+    ours    train.main itself; in place of its progress bar an iterator waits for the driver between two steps. Its
             logging counts as part of the step.
     trl     GRPOTrainer.train, which waits in a callback. Its logging, progress bar and saving are off, gradient
             checkpointing too; micro-batch, bf16, attention and generation backend are the fastest that a search finds.
@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from ctypes import CDLL
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -91,7 +90,8 @@ class Clock:
     def __init__(self) -> None:
         self.pipe = os.fdopen(os.dup(1), "w")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what else is printed
-        self.info, self.level, self.start, self.paused, self.evaluation, self.reward = {}, 0, None, False, None, None
+        self.info, self.level, self.start, self.paused, self.reward = {}, 0, None, False, None
+        self.begin()
 
     def loaded(self) -> None:
         give_back_memory()
@@ -113,20 +113,23 @@ class Clock:
         print(json.dumps(report), file=self.pipe, flush=True)
         if sys.stdin.readline().strip() != "go":
             os._exit(0)  # the driver has all it wants, or is gone
+        self.begin()
+        self.start = time.perf_counter()
+
+    def begin(self) -> None:
         self.excluded, self.sampling, self.tokens, self.peak, self.evaluation = 0.0, 0.0, 0, 0, None
         reset_peak()
-        self.start = time.perf_counter()
 
     def evaluating(self, evaluate):
         """`evaluate`, neither its time nor its memory counted."""
 
         def wrapped(*args):
-            begin, self.paused, self.peak = time.perf_counter(), True, memory("VmHWM") if self.start else 0
+            begin, self.paused, self.peak = time.perf_counter(), True, memory("VmHWM")
             result = evaluate(*args)
             self.evaluation, self.paused = result["eval_accuracy"], False
             give_back_memory()
             reset_peak()
-            self.excluded = time.perf_counter() - begin
+            self.excluded += time.perf_counter() - begin
             return result
 
         return wrapped
@@ -156,10 +159,13 @@ def work(side: str, model_name: str, seed: int, steps: int, eval_interval: int, 
     config = train.Config(model_name=model_name, seed=seed, max_steps=steps + 1, epochs=steps + 1)
     config.log_dir, config.checkpoint_path, config.checkpoint_interval = f"{folder}/runs", f"{folder}/output", 10**9
     config.eval_interval = eval_interval or 10**9
-    (run_ours if side == "ours" else run_trl)(train, config, clock, settings, folder)
+    if side == "ours":
+        run_ours(train, config, clock)
+    else:
+        run_trl(train, train.resolve(config)[0], clock, settings, folder)
 
 
-def run_ours(train, config, clock: Clock, settings: dict, folder: str) -> None:
+def run_ours(train, config, clock: Clock) -> None:
     load_model, log = train.load_model, train.Run.log
 
     def load_and_tell(*args):
@@ -292,7 +298,7 @@ class Worker:
     def __init__(self, side: str, options: Options, seed: int, steps: int, eval_interval=0, settings=None) -> None:
         self.folder = tempfile.TemporaryDirectory()
         job = (side, options.model_name, seed, steps, eval_interval, settings, self.folder.name)
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
         command = [sys.executable, __file__, "--worker", json.dumps(job)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.side = side  # in a session of its own: Ctrl-C reaches the driver alone, which ends it

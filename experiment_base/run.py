@@ -3,6 +3,7 @@
 No tensor of tokens enters this file. It is the same in every experiment.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -41,6 +42,8 @@ def check_config(config) -> None:
         fail(f"--train-batch-size {batch}: must be {wanted} = {completions}")
     if config.load_in_4bit and not config.lora_rank:
         fail("--load-in-4bit: 4-bit weights cannot be trained; add --lora-rank 16")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        fail("--wandb: the package is missing; pip install wandb")
     if config.sample_rows < config.group_size:
         fail(f"--sample-rows {config.sample_rows}: must hold one group, --group-size {config.group_size}")
     for name in POSITIVE:

@@ -66,10 +66,14 @@ def tiny_settings(folder: Path, model: str, **overrides) -> dict:
     return {**TINY, **places, **overrides}
 
 
+def modules(experiment: str = "experiment_base"):
+    """The modules of an experiment. load_experiment() would be a second copy of the base."""
+    return load_experiment(experiment)
+
+
 def run_main(folder: Path, model: str, experiment: str = "experiment_base", **overrides) -> None:
-    load_experiment(experiment).train.main(
-        load_experiment(experiment).train.Config(**tiny_settings(folder, model, **overrides))
-    )
+    train = modules(experiment).train
+    train.main(train.Config(**tiny_settings(folder, model, **overrides)))
 
 
 def metrics(folder: Path, run: str = "run") -> list[dict]:
@@ -81,7 +85,7 @@ def metrics(folder: Path, run: str = "run") -> list[dict]:
 
 
 def checkpoints(folder: Path, run: str = "run", experiment: str = "experiment_base") -> dict[int, Path]:
-    return {int(path.name[5:]): path for path in sorted((folder / "o" / experiment / run).glob("step_*"))}
+    return {int(path.name[5:]): path for path in sorted((folder / "o" / experiment / run).glob("step_0*"))}
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -117,7 +121,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def base(monkeypatch):
     """The base experiment, with every completion rewarded differently."""
-    experiment = load_experiment()
+    experiment = modules()
     monkeypatch.setattr(experiment.train, "accuracy_reward", fingerprint)
     return experiment
 
@@ -127,7 +131,7 @@ def adapter(tmp_path_factory, model):
     """The checkpoint of a LoRA run: an adapter directory whose B matrices are not zero."""
     folder = tmp_path_factory.mktemp("adapter")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_experiment().train, "accuracy_reward", fingerprint)
+        patch.setattr(modules().train, "accuracy_reward", fingerprint)
         handler = signal.getsignal(signal.SIGINT)
         run_main(folder, model, lora_rank=4, lr=1e-2, max_steps=1)
         signal.signal(signal.SIGINT, handler)
@@ -144,7 +148,7 @@ def refusal(folder: Path, model: str, monkeypatch, **overrides) -> str:
     def load_model(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(load_experiment().train, "load_model", load_model)
+    monkeypatch.setattr(modules().train, "load_model", load_model)
     settings = tiny_settings(folder, model, **overrides)
     before = everything_in(folder)
     with pytest.raises(SystemExit) as exit:
@@ -245,12 +249,13 @@ def test_damaged_weights_say_which_model(tmp_path, model):
         run_main(tmp_path, str(folder))
 
 
-def test_unknown_flag_is_named(capsys):
+def test_unknown_flag_is_named(monkeypatch, capsys):
     """Bug: a misspelt flag is ignored and the run trains with the default."""
     import tyro
 
+    monkeypatch.setitem(sys.modules, "train", modules().train)  # tyro reads its source
     with pytest.raises(SystemExit):
-        tyro.cli(load_experiment().train.Config, args=["--learning-rte", "1"])
+        tyro.cli(modules().train.Config, args=["--learning-rte", "1"])
     assert "--learning-rte" in "".join(capsys.readouterr())
 
 
@@ -296,7 +301,7 @@ def questions(prompts, tokenizer) -> list[str]:
 
 def read(folder: Path, model: str, data_path, **overrides):
     """(training questions, held-out questions, answers of both)."""
-    base, tokenizer = load_experiment(), embedded_tokenizer()
+    base, tokenizer = modules(), embedded_tokenizer()
     config = base.train.Config(**tiny_settings(folder, model, data_path=str(data_path), **overrides))
     prompts, held_out = base.train.read_prompts(config, tokenizer)
     return questions(prompts, tokenizer), questions(held_out, tokenizer), [p.answer for p in prompts + held_out]
@@ -324,7 +329,7 @@ def test_local_file_with_its_held_out_file(suffix, tmp_path, model):
     write_as(suffix, tmp_path / "sums_eval", rows[16:])
     train, held_out, answers = read(tmp_path, model, path, question_field="q", answer_field="a")
     assert train == [row["q"] for row in rows[:16]] and held_out == [row["q"] for row in rows[16:]]
-    assert answers[0] == "1,001" and load_experiment().train.parse_number(answers[0]) == 1001
+    assert answers[0] == "1,001" and modules().train.parse_number(answers[0]) == 1001
 
 
 @pytest.mark.parametrize("has_test_split", [True, False])
@@ -356,7 +361,7 @@ def test_rows_are_held_out_where_there_are_no_others(tmp_path, model):
 
 def test_at_most_512_rows_are_held_out(tmp_path):
     path = write_rows(tmp_path / "long.jsonl", 0, 6000)
-    rows, held_out = load_experiment().run.read_train_and_eval_rows(str(path), None)
+    rows, held_out = modules().run.read_train_and_eval_rows(str(path), None)
     assert (len(rows), len(held_out)) == (6000 - 512, 512)
     assert not {where for where, _ in rows} & {where for where, _ in held_out}
 
@@ -379,7 +384,7 @@ sample_tokens_per_second train_tokens_per_second peak_memory max_log_prob_gap sk
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_metrics_of_a_run(experiment, tmp_path, model, monkeypatch, capsys):
     """A line a step with every field, and the evaluation before the first step, at the interval and after the last."""
-    monkeypatch.setattr(load_experiment(experiment).train, "accuracy_reward", fingerprint)
+    monkeypatch.setattr(modules(experiment).train, "accuracy_reward", lambda *pair: float(fingerprint(*pair) > 0.5))
     run_main(tmp_path, model, experiment, max_steps=3, log_completions_interval=2)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -467,7 +472,7 @@ def full_disk(*_, **__):
 @pytest.mark.parametrize("what", ["torch.save", "save_pretrained", "os.replace"])
 def test_failed_save_costs_one_checkpoint(what, tmp_path, model, monkeypatch, capsys):
     """Bug: a full disk ends a run of days, or leaves half a checkpoint as the newest one."""
-    base, patch = load_experiment(), pytest.MonkeyPatch()
+    base, patch = modules(), pytest.MonkeyPatch()
     save = base.run.Run.save
 
     def fail_at_step_2(self, step, *args):
@@ -509,14 +514,15 @@ def test_really_full_disk(tmp_path, model, small_disk, capsys):
 
 def test_full_disk_under_the_logs(tmp_path, model, small_disk, capsys):
     """Bug: the TensorBoard writer's thread raises at the end, before the checkpoint's place is printed."""
-    base, log = load_experiment(), load_experiment().run.Run.log
+    base, log = modules(), modules().run.Run.log
 
     def fill_then_log(self, step, *args):
         if step == 1:
-            with open(small_disk / "filler", "wb") as file, pytest.raises(OSError):
+            filler = os.open(small_disk / "filler", os.O_CREAT | os.O_WRONLY)
+            with pytest.raises(OSError):
                 while True:
-                    file.write(bytes(1024))
-                    file.flush()
+                    os.write(filler, bytes(512))
+            os.close(filler)
         log(self, step, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -533,7 +539,7 @@ class Killed(Exception):
 
 def die_in_step(step: int, patch, experiment: str = "experiment_base") -> None:
     """End the run while step `step` is sampled."""
-    train = load_experiment(experiment).train
+    train = modules(experiment).train
     prompts_of_step = train.prompts_of_step
 
     def die(prompts, now, config):
@@ -584,16 +590,16 @@ def test_resumed_run_equals_the_uninterrupted_one(kind, tmp_path, model, adapter
     run_main(tmp_path, **settings, max_steps=6, resume=True)
     assert_same_run(uninterrupted(kind), tmp_path, 6)
     logged = metrics(tmp_path)
-    assert logged[1]["kl"] < 1e-6 and all(line["kl"] > 0 for line in logged[2:])
+    assert all(line["kl"] > 0 for line in logged[1:])
     assert all(later["elapsed_seconds"] > line["elapsed_seconds"] for line, later in zip(logged[1:], logged[2:]))
     gain = f"eval_accuracy {logged[0]['eval_accuracy']:.4f} -> {logged[6]['eval_accuracy']:.4f}"
     assert gain in capsys.readouterr().out  # from before the first step, not from before the resumed one
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS[1:])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_resumes(experiment, tmp_path, model, monkeypatch):
-    """As above, for the parts of a resume that are in train.py."""
-    monkeypatch.setattr(load_experiment(experiment).train, "accuracy_reward", fingerprint)
+    """As above, in full training, for the parts of a resume that are in each train.py."""
+    monkeypatch.setattr(modules(experiment).train, "accuracy_reward", fingerprint)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -684,7 +690,7 @@ def test_tensorboard_is_cut_back_on_resume(tmp_path, model):
 
 # ---------------------------------------------------------------- Ctrl-C
 def interrupt_in_step(step: int, times: int, patch) -> None:
-    train = load_experiment().train
+    train = modules().train
     prompts_of_step = train.prompts_of_step
 
     def interrupt(prompts, now, config):
