@@ -62,7 +62,7 @@ def guess(rng, expression):
 
 # How often a question is answered in the good form depends on how it is asked, so greedy decoding starts out right
 # on some phrasings and wrong on others, and the rarest good form is still found by sampling a group of eight.
-REASON_RATES = dict(zip(PHRASINGS, (0.6, 0.45, 0.2, 0.15, 0.12, 0.1)))
+REASON_RATES = dict(zip(PHRASINGS, (0.75, 0.6, 0.3, 0.3, 0.25, 0.2)))
 HARD_CELL_WEIGHT = 6  # three terms of two digits are drawn this much more often than any other cell
 HELD_OUT = held_out_expressions()
 
@@ -120,8 +120,8 @@ class Config:
     batch_size: int = 128
     skill_steps: int = 5000
     skill_lr: float = 2e-3
-    mixture_steps: int = 150
-    mixture_lr: float = 3e-4
+    mixture_steps: int = 500
+    mixture_lr: float = 7e-4
     autocast: bool = True  # bfloat16 matrix products where the machine is fast at them; float32 weights all the same
     skill_weights: Path | None = (
         None  # kept here after the first stage, and read from here instead of training it again
@@ -291,7 +291,8 @@ def main(config: Config):
     model.to(torch.bfloat16)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    model.float()  # the weights as rounded, measured in float32 as train.py uses them
+    model = make_model(tokenizer, config)  # what is measured is what was saved, rounded, in float32 as train.py has it
+    model.load_state_dict(Qwen2ForCausalLM.from_pretrained(output, dtype=torch.float32).state_dict())
     print(f"greedy:            right {measure(model, tokenizer, policy, config)}")
     print(f"sampled:           right {measure(model, tokenizer, policy, config, sample=True)}")
     print(f"begun with {policy.good_start!r}: right {measure(model, tokenizer, policy, config, policy.good_start)}")
