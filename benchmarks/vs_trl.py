@@ -12,8 +12,9 @@ in the same order, rewards, KL weight, clipping and AdamW. What is timed is the 
     trl     GRPOTrainer.train, which waits in a callback. Its logging, progress bar and saving are off, gradient
             checkpointing too; micro-batch, bf16, attention and generation backend are the fastest that a search finds.
 
-Evaluations (our `evaluate` for both) count neither as time nor as memory. Memory is the kernel's high-water mark of
-a step above what the process held when the models were loaded, so it needs Linux. In the JSON:
+Evaluations (our `evaluate` for both) count neither as time nor as memory. Memory is the most that a process holds in a
+step, above what it held when it was ready for the first one, as Linux counts it: resident, without mapped files, whose
+pages the kernel drops and reads again as it likes. In the JSON:
 
     step_time_ratio       median over pairs of steps of TRL's seconds over ours
     peak_memory_ratio     median over pairs of our peak above the level after loading over TRL's
@@ -24,9 +25,11 @@ import gc
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from ctypes import CDLL
 from dataclasses import asdict, dataclass
@@ -40,14 +43,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("ours", "trl")
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
 PATIENCE = 600  # seconds without an answer after which a worker counts as stuck
-TRL_SETTINGS = {  # where the search starts; what --quick takes where no results are at hand
-    "per_device_train_batch_size": 32,
-    "bf16": False,
-    "attn_implementation": "sdpa",
-    "use_transformers_continuous_batching": False,
-}
-CANDIDATES = {  # the search goes through them in this order, each time with the best of the settings before
-    "per_device_train_batch_size": (8, 16, 32, 64),
+CANDIDATES = {  # of TRL; the search starts with the first of each, and so does --quick where no results are at hand
+    "per_device_train_batch_size": (32, 8, 16, 64),
     "bf16": (False, True),
     "attn_implementation": ("sdpa", "eager"),
     "use_transformers_continuous_batching": (False, True),
@@ -68,14 +65,10 @@ class Options:
 
 
 # ---------------------------------------------------------------- worker: clock and memory
-def memory(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most since `reset_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+def memory_in_use() -> int:
+    """Bytes that this process holds: resident without mapped files."""
+    _, resident, mapped, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(mapped)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def give_back_memory() -> None:
@@ -90,57 +83,60 @@ class Clock:
     def __init__(self) -> None:
         self.pipe = os.fdopen(os.dup(1), "w")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what else is printed
-        self.info, self.level, self.start, self.paused, self.reward = {}, 0, None, False, None
-        self.begin()
+        self.info, self.level, self.reward, self.start = {}, 0, None, None
+        self.running = threading.Event()  # a step is under way, and no evaluation within it
+        self.reset()
+        threading.Thread(target=self.watch_memory, daemon=True).start()
 
-    def loaded(self) -> None:
-        give_back_memory()
-        self.level = memory("VmRSS")
+    def reset(self) -> None:
+        self.excluded, self.sampling, self.tokens, self.peak, self.accuracy = 0.0, 0.0, 0, 0, None
+
+    def watch_memory(self) -> None:
+        while self.running.wait():
+            self.peak = max(self.peak, memory_in_use())
+            time.sleep(0.005)
 
     def next_step(self) -> None:
         """Report the step that has ended, or that all is loaded; wait for the driver; begin the next step."""
+        self.running.clear()
+        report = {"accuracy": self.accuracy}
         if self.start is None:
-            report = {"loaded_bytes": self.level, "accuracy": self.evaluation, **self.info}
+            give_back_memory()
+            self.level = memory_in_use()
+            report |= {"loaded_bytes": self.level, **self.info}
         else:
             seconds = time.perf_counter() - self.start - self.excluded
-            peak = max(self.peak, memory("VmHWM")) - self.level
-            report = {
-                "seconds": seconds,
-                "sampling_seconds": self.sampling,
-                "training_seconds": seconds - self.sampling,
-            }
-            report |= {"tokens": self.tokens, "peak_bytes": peak, "reward": self.reward, "accuracy": self.evaluation}
+            report |= {"seconds": seconds, "sampling_seconds": self.sampling}
+            report |= {"training_seconds": seconds - self.sampling, "tokens": self.tokens, "reward": self.reward}
+            report |= {"peak_bytes": self.peak - self.level}
         print(json.dumps(report), file=self.pipe, flush=True)
         if sys.stdin.readline().strip() != "go":
             os._exit(0)  # the driver has all it wants, or is gone
-        self.begin()
+        self.reset()
+        self.running.set()
         self.start = time.perf_counter()
 
-    def begin(self) -> None:
-        self.excluded, self.sampling, self.tokens, self.peak, self.evaluation = 0.0, 0.0, 0, 0, None
-        reset_peak()
-
     def evaluating(self, evaluate):
-        """`evaluate`, neither its time nor its memory counted."""
+        """`evaluate`, with neither its time nor its memory counted."""
 
         def wrapped(*args):
-            begin, self.paused, self.peak = time.perf_counter(), True, memory("VmHWM")
+            begin = time.perf_counter()
+            self.running.clear()
             result = evaluate(*args)
-            self.evaluation, self.paused = result["eval_accuracy"], False
+            self.accuracy = result["eval_accuracy"]
             give_back_memory()
-            reset_peak()
             self.excluded += time.perf_counter() - begin
             return result
 
         return wrapped
 
     def sampling_in(self, generate, count_tokens):
-        """`generate`, its time counted as sampling."""
+        """`generate`, with its time counted as sampling."""
 
         def wrapped(*args, **kwargs):
             begin = time.perf_counter()
             result = generate(*args, **kwargs)
-            if not self.paused:
+            if self.running.is_set():
                 self.sampling += time.perf_counter() - begin
                 self.tokens += count_tokens(result)
             return result
@@ -166,12 +162,7 @@ def work(side: str, model_name: str, seed: int, steps: int, eval_interval: int, 
 
 
 def run_ours(train, config, clock: Clock) -> None:
-    load_model, log = train.load_model, train.Run.log
-
-    def load_and_tell(*args):
-        models = load_model(*args)
-        clock.loaded()
-        return models
+    log = train.Run.log
 
     def log_and_tell(run, step, metrics, text=None):
         clock.reward = metrics.get("reward")
@@ -190,10 +181,10 @@ def run_ours(train, config, clock: Clock) -> None:
             pass
 
     def count(experiences):
-        return int(sum(mask.sum().item() for experience in experiences for mask in experience.masks))
+        return int(sum(mask.sum() for experience in experiences for mask in experience.masks))
 
     clock.info = {"settings": {name: str(value) for name, value in asdict(config).items()}}
-    train.load_model, train.Run.log, train.tqdm = load_and_tell, log_and_tell, Steps
+    train.Run.log, train.tqdm = log_and_tell, Steps
     train.rollout = clock.sampling_in(train.rollout, count)
     train.main(config)
 
@@ -202,46 +193,24 @@ def trl_arguments(config, settings: dict, folder: str) -> dict:
     """GRPOConfig's arguments for the work that `config` describes."""
     rows, micro_batch = config.rollouts_per_step * config.group_size, settings["per_device_train_batch_size"]
     updates = rows // config.train_batch_size * config.epochs_per_step
-    same_work = {
-        "num_generations": config.group_size,
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": config.train_batch_size // micro_batch,
-        "steps_per_generation": rows // micro_batch,
-        "num_iterations": config.epochs_per_step,
-        "max_steps": config.max_steps * updates,
-        "max_completion_length": config.max_new_tokens,
-        "temperature": config.temperature,
-        "top_p": 1.0,
-        "top_k": 0,
-        "beta": config.kl_weight,
-        "use_bias_correction_kl": False,  # the KL of the paper and of ours
-        "epsilon": config.clip_eps_low,
-        "epsilon_high": config.clip_eps_high,
-        "loss_type": "grpo",
-        "scale_rewards": "group",
-        "reward_weights": [1.0, config.format_weight],
-        "mask_truncated_completions": False,
-        "learning_rate": config.lr,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch_fused",  # as ours
-        "weight_decay": 0.0,
-        "max_grad_norm": config.max_norm,
-        "shuffle_dataset": False,  # the rows are in order already
-        "seed": config.seed,
-    }
-    speed = {
-        "use_cpu": True,
-        "bf16": settings["bf16"],
-        "gradient_checkpointing": False,
-        "use_transformers_continuous_batching": settings["use_transformers_continuous_batching"],
-        "model_init_kwargs": {"dtype": "float32", "attn_implementation": settings["attn_implementation"]},
-        "output_dir": f"{folder}/trl",
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    return same_work | speed
+    arguments = {"num_generations": config.group_size, "max_completion_length": config.max_new_tokens}
+    arguments |= {"per_device_train_batch_size": micro_batch, "steps_per_generation": rows // micro_batch}
+    arguments |= {"gradient_accumulation_steps": config.train_batch_size // micro_batch}
+    arguments |= {"num_iterations": config.epochs_per_step, "max_steps": config.max_steps * updates}
+    arguments |= {"temperature": config.temperature, "top_p": 1.0, "top_k": 0, "seed": config.seed}
+    arguments |= {"shuffle_dataset": False}  # the rows are in order already
+    arguments |= {"loss_type": "grpo", "scale_rewards": "group", "reward_weights": [1.0, config.format_weight]}
+    arguments |= {"epsilon": config.clip_eps_low, "epsilon_high": config.clip_eps_high, "beta": config.kl_weight}
+    arguments |= {"use_bias_correction_kl": False, "mask_truncated_completions": False}  # the paper's KL, as ours
+    arguments |= {"learning_rate": config.lr, "lr_scheduler_type": "constant", "max_grad_norm": config.max_norm}
+    arguments |= {"optim": "adamw_torch_fused", "weight_decay": 0.0}
+    # What makes it fast.
+    arguments |= {"use_cpu": True, "bf16": settings["bf16"], "gradient_checkpointing": False}
+    arguments |= {"use_transformers_continuous_batching": settings["use_transformers_continuous_batching"]}
+    attention = settings["attn_implementation"]
+    arguments |= {"model_init_kwargs": {"dtype": "float32", "attn_implementation": attention}}
+    arguments |= {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    return arguments | {"output_dir": f"{folder}/trl"}
 
 
 def run_trl(train, config, clock: Clock, settings: dict, folder: str) -> None:
@@ -287,7 +256,6 @@ def run_trl(train, config, clock: Clock, settings: dict, folder: str) -> None:
     )
     trainer._generate = clock.sampling_in(trainer._generate, lambda result: sum(map(len, result[1])))
     clock.info = {"settings": arguments}
-    clock.loaded()
     trainer.train()
 
 
@@ -347,15 +315,12 @@ def in_turns(options: Options, settings: dict, seed: int, steps: int, eval_inter
 
 def search(options: Options) -> tuple[dict, list[dict]]:
     """(TRL's fastest settings, every trial). A setting that cannot run is kept with its error."""
-    best, trials = dict(TRL_SETTINGS), []
+    best, trials = {name: values[0] for name, values in CANDIDATES.items()}, []
     for name, values in CANDIDATES.items():
-        for value in values:
-            settings = best | {name: value}
-            if any(trial["settings"] == settings for trial in trials):
-                continue
-            trials.append({"settings": settings, **try_settings(options, settings)})
+        for value in values[1:] if trials else values:
+            trials.append({"settings": best | {name: value}, **try_settings(options, best | {name: value})})
             print(f"search: {trials[-1]}", flush=True)
-        best = min((t for t in trials if "seconds" in t), key=lambda t: t["seconds"])["settings"]
+        best = min((trial for trial in trials if "seconds" in trial), key=lambda trial: trial["seconds"])["settings"]
     return best, trials
 
 
@@ -371,11 +336,11 @@ def try_settings(options: Options, settings: dict) -> dict:
 
 def figures_of_side(steps: list[dict]) -> dict:
     """Medians over steps; tokens are the sampled ones."""
-    names = ("seconds", "sampling_seconds", "training_seconds", "tokens", "peak_bytes")
-    figures = {name: median(step[name] for step in steps) for name in names}
-    figures["tokens_per_second"] = median(step["tokens"] / step["seconds"] for step in steps)
-    figures["sampling_tokens_per_second"] = median(step["tokens"] / step["sampling_seconds"] for step in steps)
-    return figures
+    figures = ("seconds", "sampling_seconds", "training_seconds", "tokens", "peak_bytes")
+    per_second = {"tokens_per_second": "seconds", "sampling_tokens_per_second": "sampling_seconds"}
+    return {name: median(step[name] for step in steps) for name in figures} | {
+        name: median(step["tokens"] / step[seconds] for step in steps) for name, seconds in per_second.items()
+    }
 
 
 def measure_pairs(options: Options, settings: dict) -> dict:
@@ -433,38 +398,30 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    labels = {"ours": "experiment_base/train.py", "trl": f"trl {version('trl')} GRPOTrainer"}
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
-    curves = results["curves"]
-    for side, color in zip(SIDES, ("tab:blue", "tab:orange")):
-        accuracy = [mean(column) for column in zip(*(curve[side]["accuracy"] for curve in curves))]
-        seconds = [mean(column) for column in zip(*(curve[side]["seconds"] for curve in curves))]
-        for panel, x in zip(panels, (curves[0]["steps"], seconds)):
-            panel.plot(x, accuracy, color=color, linewidth=2.5, label=labels[side])
-        for curve in curves:
-            for panel, x in zip(panels, (curve["steps"], curve[side]["seconds"])):
-                panel.plot(x, curve[side]["accuracy"], color=color, linewidth=0.8, alpha=0.5)
+    labels = ("experiment_base/train.py", f"GRPOTrainer of trl {version('trl')}")
+    for side, label, color in zip(SIDES, labels, ("tab:blue", "tab:orange")):
+        lines = [(curve["steps"], curve[side]["seconds"], curve[side]["accuracy"]) for curve in results["curves"]]
+        means = [[mean(values) for values in zip(*columns)] for columns in zip(*lines)]
+        for steps, seconds, accuracy in lines:
+            panels[0].plot(steps, accuracy, color=color, linewidth=0.8, alpha=0.5)
+            panels[1].plot(seconds, accuracy, color=color, linewidth=0.8, alpha=0.5)
+        panels[0].plot(means[0], means[2], color=color, linewidth=2.5, label=label)
+        panels[1].plot(means[1], means[2], color=color, linewidth=2.5)
     panels[0].set(xlabel="step", ylabel="held-out accuracy (greedy)", title="at equal steps")
-    ratio = results["step_time_ratio"]
-    panels[1].set(
-        xlabel="seconds, without the evaluations", title=f"against wall time (a step: {ratio:.1f} times faster)"
-    )
+    title = f"against wall time (TRL's step takes {results['step_time_ratio']:.1f} times as long)"
+    panels[1].set(xlabel="seconds, without the evaluations", title=title)
+    panels[0].legend(title=f"mean of {len(results['curves'])} seeds; thin: each seed")
     for panel in panels:
         panel.grid(alpha=0.3)
-    panels[0].legend(title=f"mean of seeds {', '.join(str(curve['seed']) for curve in curves)}; thin: each seed")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
 
-def rounded(value):
-    """Floats to 5 digits, paths of this checkout made relative, through lists and dicts."""
-    if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    if isinstance(value, (str, Path)):
-        return str(value).replace(f"{ROOT}/", "")
-    return round(value, 5) if isinstance(value, float) else value
+def to_json(value, **options) -> str:
+    """With 5 decimals, and paths in this checkout made relative."""
+    text = json.dumps(value, default=str).replace(f"{ROOT}/", "")
+    return json.dumps(json.loads(text, parse_float=lambda digits: round(float(digits), 5)), **options)
 
 
 def main(options: Options) -> None:
@@ -472,7 +429,8 @@ def main(options: Options) -> None:
     if options.quick:
         options.pairs, options.warmup = min(options.pairs, 6), 1
         known = path.is_file()
-        settings, trials = json.loads(path.read_text())["trl_settings"] if known else TRL_SETTINGS, None
+        defaults = {name: values[0] for name, values in CANDIDATES.items()}
+        settings, trials = json.loads(path.read_text())["trl_settings"] if known else defaults, None
         print(f"TRL's settings, {f'from {path}' if known else 'the defaults, not searched for'}: {settings}")
         path = path.with_stem("vs_trl_quick")
     else:
@@ -484,12 +442,12 @@ def main(options: Options) -> None:
     about = {"machine": describe_machine(), "options": asdict(options), "trl_settings": settings, "search": trials}
     about["seconds_in_all"] = time.time() - start
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rounded(head | about | results), indent=1) + "\n")
+    path.write_text(to_json(head | about | results, indent=1) + "\n")
     if not options.quick:
         plot(results, path.with_suffix(".png"))
     for side in SIDES:
         print(f"{side}: " + ", ".join(f"{name} {value:,.4g}" for name, value in results[side].items()))
-    print(json.dumps(rounded(head)))
+    print(to_json(head))
     print(f"written: {path}")
 
 
@@ -497,4 +455,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         work(*json.loads(sys.argv[2]))
     else:
-        main(tyro.cli(Options, description=__doc__))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that the workers are ended too
+        try:
+            main(tyro.cli(Options, description=__doc__))
+        except (RuntimeError, KeyboardInterrupt) as error:
+            sys.exit(f"error: {str(error) or 'interrupted'}")

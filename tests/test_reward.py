@@ -44,7 +44,7 @@ def close(text):
     ],
 )
 def test_numbers_that_are_read(text, number):
-    """Pitfall 24: a parser so strict that it misses `42.0`, `$42` or a trailing period pays nothing for a right answer."""
+    """Pitfall 24: a parser that misses `42.0`, `$42` or a trailing period pays nothing for a right answer."""
     assert train.parse_number(text) == Decimal(number)
 
 

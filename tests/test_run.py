@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -101,16 +102,34 @@ def fingerprint(completion: str, answer: str) -> float:
     return zlib.crc32(completion.encode()) / 2**32
 
 
-@pytest.fixture(autouse=True)
-def tidy_process(monkeypatch):
-    """No network, one thread (small matrices; the same sums in every process), and SIGINT as it was."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+def make_adapter(folder: Path, model: str) -> str:
+    """The checkpoint of a LoRA run: an adapter directory whose B matrices are not zero."""
+    with tidy() as patch:
+        patch.setattr(modules().train, "accuracy_reward", fingerprint)
+        run_main(folder, model, lora_rank=4, lr=1e-2, max_steps=1)
+    return str(checkpoints(folder)[1])
+
+
+@contextmanager
+def tidy():
+    """The CPU, without network, one thread (small matrices; the same sums in every process), and SIGINT as it was."""
     handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.backends.mps, "is_available", lambda: False)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield patch
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(autouse=True)
+def tidy_process():
+    with tidy():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -128,14 +147,7 @@ def base(monkeypatch):
 
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory, model):
-    """The checkpoint of a LoRA run: an adapter directory whose B matrices are not zero."""
-    folder = tmp_path_factory.mktemp("adapter")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modules().train, "accuracy_reward", fingerprint)
-        handler = signal.getsignal(signal.SIGINT)
-        run_main(folder, model, lora_rank=4, lr=1e-2, max_steps=1)
-        signal.signal(signal.SIGINT, handler)
-    return str(checkpoints(folder)[1])
+    return make_adapter(tmp_path_factory.mktemp("adapter"), model)
 
 
 def everything_in(folder: Path) -> dict[str, bytes | None]:
@@ -397,7 +409,7 @@ def test_metrics_of_a_run(experiment, tmp_path, model, monkeypatch, capsys):
         assert math.isclose(line["reward"], line["reward_accuracy"] + line["reward_format"], rel_tol=1e-5)
         assert line["max_log_prob_gap"] < 1e-4 and line["grad_norm"] > 0 and line["skipped_updates"] == 0
     output = capsys.readouterr().out
-    assert output.count("| reward ") == 1 and "<|im_start|>assistant" in output  # one whole trajectory, at step 2
+    assert output.count("advantage ") == 1 and "<|im_start|>assistant" in output  # one whole trajectory, at step 2
     gain = f"eval_accuracy {lines[0]['eval_accuracy']:.4f} -> {lines[3]['eval_accuracy']:.4f}"
     assert gain in output and str(tmp_path / "runs" / "run") in output and str(checkpoints(tmp_path)[3]) in output
 
@@ -550,15 +562,25 @@ def die_in_step(step: int, patch, experiment: str = "experiment_base") -> None:
     patch.setattr(train, "prompts_of_step", die)
 
 
+def flat(tree: dict, path: tuple = ()) -> dict:
+    """The leaves of a tree of dictionaries by their paths."""
+    return {
+        key: leaf
+        for name, value in tree.items()
+        for key, leaf in (flat(value, (*path, name)) if isinstance(value, dict) else {(*path, name): value}).items()
+        if leaf is not None and not isinstance(leaf, str)
+    }
+
+
 def assert_same_run(one: Path, other: Path, step: int, experiment: str = "experiment_base") -> None:
     """Bit for bit: the weights, the optimizer and everything logged but times."""
     first, second = (checkpoints(folder, experiment=experiment)[step] for folder in (one, other))
     weights = read_weights(second)
     assert weights and all(torch.equal(value, weights[name]) for name, value in read_weights(first).items())
     states = [torch.load(path / "trainer.pt", weights_only=True)["optimizer"]["state"] for path in (first, second)]
-    assert states[0].keys() == states[1].keys() and all(
-        torch.equal(value, states[1][key][name]) for key, part in states[0].items() for name, value in part.items()
-    )
+    states = [flat(state) for state in states]
+    assert states[0] and states[0].keys() == states[1].keys()
+    assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][k])) for k, value in states[0].items())
     lines = [[{k: v for k, v in line.items() if k not in TIMINGS} for line in metrics(f)] for f in (one, other)]
     assert lines[0] == lines[1]
 
