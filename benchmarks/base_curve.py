@@ -82,16 +82,26 @@ def greedy_answers(model_name: str, count: int = 10) -> list[dict]:
 def draw(curves: dict[int, list[dict]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
     for i, (seed, lines) in enumerate(curves.items()):
-        evaluated = [line for line in lines if "eval_accuracy" in line]
-        seconds = [line.get("elapsed_seconds", 0) for line in evaluated]
-        for name, style in (("eval_accuracy", "-"), ("eval_accuracy_lenient", ":")):
-            label = f"seed {seed}, {'tags ignored' if style == ':' else 'as rewarded'}"
-            left.plot(seconds, [line[name] for line in evaluated], style, color=f"C{i}", label=label)
-        right.plot(
-            [line["step"] for line in lines[1:]], [line["completion_length"] for line in lines[1:]], color=f"C{i}"
+        evaluated, trained = [line for line in lines if "eval_accuracy" in line], lines[1:]
+        steps, color = [line["step"] for line in trained], f"C{i}"
+        for name, style, what in (
+            ("eval_accuracy", "-", "held out, greedy"),
+            ("eval_accuracy_lenient", ":", "tags ignored"),
+        ):
+            label = f"{what}, seed {seed}"
+            left.plot(
+                [line["step"] for line in evaluated],
+                [line[name] for line in evaluated],
+                style,
+                color=color,
+                label=label,
+            )
+        left.plot(
+            steps, [line["reward_accuracy"] for line in trained], color=color, alpha=0.4, label=f"sampled, seed {seed}"
         )
+        right.plot(steps, [line["completion_length"] for line in trained], color=color)
     left.axhline(0.95, color="grey", linewidth=0.5)
-    left.set(xlabel="seconds of training, two CPU cores", ylabel="held-out greedy accuracy", ylim=(0, 1.02))
+    left.set(xlabel="step", ylabel="right answers", ylim=(0, 1.02))
     left.legend(fontsize=7, loc="lower right")
     right.set(xlabel="step", ylabel="sampled tokens per completion")
     figure.tight_layout()

@@ -82,7 +82,7 @@ class Config:
     train_batch_size: int = 64  # completions per optimizer step: half a step's, so that the second update has to clip
     micro_batch_tokens: int = 4096  # tokens forwarded at once; lower it when training runs out of memory
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit keeps its state in 8 bits (bitsandbytes)
-    lr: float = 1e-4  # for the embedded policy; real models: 1e-6 in full, 1e-5 with LoRA
+    lr: float = 5e-5  # for the embedded policy; real models: 1e-6 in full, 1e-5 with LoRA
     max_norm: float = 1.0  # the gradient is scaled down to this norm
     clip_eps_low: float = 0.2  # the ratio is clipped to 1 - clip_eps_low ...
     clip_eps_high: float = 0.2  # ... 1 + clip_eps_high
