@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from run import fail
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 
@@ -39,9 +40,8 @@ def load_pretrained(name: str, config, device: torch.device, trainable: bool):
     Float32 where its weights are trained (bfloat16 would swallow small updates), else half precision or 4-bit.
     """
     half = getattr(torch, config.precision)
-    nf4 = BitsAndBytesConfig(
-        True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
-    )
+    double = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": half}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **double)
     try:
         model_config = AutoConfig.from_pretrained(name)
         for key, value in model_config.to_dict().items():
@@ -55,14 +55,14 @@ def load_pretrained(name: str, config, device: torch.device, trainable: bool):
             quantization_config=nf4 if config.load_in_4bit else None,
             device_map={"": device},
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         fail_to_load(name, error)
 
 
 def load_tokenizer(name: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         fail_to_load(name, error)
     if not tokenizer.chat_template:
         fail(f"{name}: its tokenizer has no chat template; take an instruction-tuned (-Instruct) model")
@@ -97,6 +97,7 @@ def load_model(config, device: torch.device, checkpoint: Path | None = None):
     """(policy, reference). The reference is the policy that training began with, also when `checkpoint` continues it:
     in full training a frozen copy; None without a KL term, or where the policy itself serves (see `as_reference`).
     """
+    torch.manual_seed(config.seed)  # of LoRA's first weights
     is_adapter = (Path(config.model_name) / "adapter_config.json").is_file()
     lora = is_adapter or config.lora_rank > 0
     base = PeftConfig.from_pretrained(config.model_name).base_model_name_or_path if is_adapter else config.model_name
@@ -114,6 +115,11 @@ def load_model(config, device: torch.device, checkpoint: Path | None = None):
         set_peft_model_state_dict(policy, load_peft_weights(str(checkpoint), device=str(device)))
     if config.gradient_checkpointing:
         unwrap(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):  # an adapter brings its own
+            module.p = 0.0
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would pack its weights in the first eval pass,
+            module.support_avx512bf16_for_cpu = False  # and then no gradient comes through them
     return policy.eval(), reference
 
 
@@ -136,14 +142,21 @@ def as_reference(policy, reference):
             yield policy
 
 
-def make_optimizer(policy, config):
-    """AdamW over what trains, without weight decay; adamw8bit keeps its two moments in 8 bits."""
+def make_optimizer(policy, config, state: dict | None = None):
+    """AdamW over what trains, without weight decay; adamw8bit keeps its two moments in 8 bits. A resumed run brings
+    the optimizer's state; the learning rate is the config's all the same."""
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if config.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(parameters, lr=config.lr, weight_decay=0.0)
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
+        optimizer = AdamW8bit(parameters, lr=config.lr, weight_decay=0.0)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
+    if state:
+        optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr
+    return optimizer
 
 
 def peak_memory(device: torch.device) -> float:

@@ -5,6 +5,7 @@ No tensor of tokens enters this file. It is the same in every experiment.
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,7 +23,14 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 # What a resumed run shares with the run that it continues, so that its weights fit and its prompts go on in order.
 FIXED = ("model_name", "lora_rank", "load_in_4bit", "optimizer", "seed", "data_path", "eval_data_path", "max_prompts")
 FIXED += ("group_size", "rollouts_per_step", "train_batch_size", "epochs_per_step")
-POSITIVE = ("temperature", "max_new_tokens", "epochs_per_step", "eval_interval", "checkpoint_interval")
+POSITIVE = (
+    "rollouts_per_step",
+    "temperature",
+    "max_new_tokens",
+    "epochs_per_step",
+    "eval_interval",
+    "checkpoint_interval",
+)
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of a full disk, as Python, torch and safetensors report it
 
 
@@ -152,17 +160,23 @@ class Run:
         self.checkpoint_dir = Path(config.checkpoint_path) / experiment / self.name
         self.config = {name: str(value) for name, value in asdict(config).items()}
         self.last_checkpoint, self.stop_requested, self.reported = checkpoint, False, set()
-        if not checkpoint and (self.log_dir.exists() or self.checkpoint_dir.exists()):
+        if config.max_steps != 0 and not checkpoint and (self.log_dir.exists() or self.checkpoint_dir.exists()):
             fail(f"run {self.name} exists: continue it with --resume, or choose another --run-name")
-        first_step = int(checkpoint.name[5:]) + 1 if checkpoint else 0
-        try:
-            self.log_dir.mkdir(parents=True, exist_ok=True)
-            self.cut_metrics(first_step)
-            from torch.utils.tensorboard import SummaryWriter
+        for flag, path in (("--log-dir", Path(config.log_dir)), ("--checkpoint-path", Path(config.checkpoint_path))):
+            folder = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+            if not (folder.is_dir() and os.access(folder, os.W_OK)):
+                if flag == "--log-dir":
+                    fail(f"{flag} {path}: {folder} cannot be written to")
+                print(f"warning: {flag} {path}: {folder} cannot be written to; nothing will be saved", flush=True)
 
-            self.tensorboard = SummaryWriter(str(self.log_dir), purge_step=first_step)
-        except OSError as error:
-            fail(f"--log-dir {config.log_dir}: cannot be written ({error})")
+    def open(self, config) -> None:
+        """Begin to write; all that could be refused has been."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        first_step = int(self.last_checkpoint.name[5:]) + 1 if self.last_checkpoint else 0
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.cut_metrics(first_step)
+        self.tensorboard = SummaryWriter(str(self.log_dir), purge_step=first_step)
         self.tensorboard.add_text("config", "\n\n".join(f"{k}: {v}" for k, v in self.config.items()), first_step)
         self.wandb = None
         if config.wandb:
@@ -192,6 +206,7 @@ class Run:
 
     def log(self, step: int, metrics: dict, text: str | None = None) -> None:
         """One line of metrics.jsonl, the same figures in TensorBoard, and a trajectory where one is given."""
+        metrics = {name: value if math.isfinite(value or 0) else None for name, value in metrics.items()}
         try:
             with open(self.log_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -233,7 +248,10 @@ class Run:
 
     def close(self, before: dict, after: dict, seconds: float) -> None:
         """End the logs and say what came out of the run and where it lies."""
-        self.tensorboard.close()
+        try:
+            self.tensorboard.close()
+        except OSError as error:
+            self.warn_once("the TensorBoard log", error)
         if self.wandb:
             self.wandb.finish()
         names = ("eval_accuracy", "eval_accuracy_lenient")

@@ -354,18 +354,17 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model_name)
     prompts, eval_prompts = read_prompts(config, tokenizer)
     checkpoint_dir, state = find_checkpoint(config, EXPERIMENT) if config.resume else (None, {"step": 0})
-    torch.manual_seed(config.seed)
+    run = Run(config, EXPERIMENT, checkpoint_dir)
     policy, reference = load_model(config, device, checkpoint_dir)
     evaluation = evaluate(policy, tokenizer, eval_prompts, config)
     print("held out:", evaluation)
     if config.max_steps == 0:
         return
 
-    run = Run(config, EXPERIMENT, checkpoint_dir)
-    optimizer = make_optimizer(policy, config)
+    run.open(config)
+    optimizer = make_optimizer(policy, config, state.get("optimizer"))
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     if config.resume:
-        optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     else:
         run.log(0, evaluation)
