@@ -23,14 +23,8 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 # What a resumed run shares with the run that it continues, so that its weights fit and its prompts go on in order.
 FIXED = ("model_name", "lora_rank", "load_in_4bit", "optimizer", "seed", "data_path", "eval_data_path", "max_prompts")
 FIXED += ("group_size", "rollouts_per_step", "train_batch_size", "epochs_per_step")
-POSITIVE = (
-    "rollouts_per_step",
-    "temperature",
-    "max_new_tokens",
-    "epochs_per_step",
-    "eval_interval",
-    "checkpoint_interval",
-)
+POSITIVE = ("rollouts_per_step", "temperature", "max_new_tokens", "epochs_per_step")
+POSITIVE += ("eval_interval", "checkpoint_interval")
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of a full disk, as Python, torch and safetensors report it
 
 
@@ -69,10 +63,8 @@ def read_rows(path: str, split: str) -> list[tuple[str, dict]]:
         if not path.endswith(DATA_SUFFIXES):
             import datasets
 
-            rows = [
-                (f"{path}, {split} row {i}", row)
-                for i, row in enumerate(datasets.load_dataset(name, subset or None, split=split), 1)
-            ]
+            loaded = datasets.load_dataset(name, subset or None, split=split)
+            rows = [(f"{path}, {split} row {i}", row) for i, row in enumerate(loaded, 1)]
         elif path.endswith(".parquet"):
             import pyarrow.parquet
 
@@ -86,11 +78,8 @@ def read_rows(path: str, split: str) -> list[tuple[str, dict]]:
                 if line.strip():
                     rows.append((where, json.loads(line)))
     except Exception as error:  # json's, Arrow's and the hub's errors share no base class
-        hint = (
-            ""
-            if path.endswith(DATA_SUFFIXES)
-            else " (a file ends in .jsonl, .json or .parquet; a hub id is name:config)"
-        )
+        hint = "; a file ends in .jsonl, .json or .parquet, a hub id is name or name:config"
+        hint = "" if path.endswith(DATA_SUFFIXES) else hint
         fail(f"{where}: cannot be read{hint}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     for where, row in rows:
         if not isinstance(row, dict):
@@ -153,9 +142,8 @@ class Run:
 
     def __init__(self, config, experiment: str, checkpoint: Path | None = None) -> None:
         """Continue at `checkpoint`, or begin a run whose directories must not exist yet."""
-        self.name = (
-            checkpoint.parent.name if checkpoint else config.run_name or time.strftime(f"{experiment}_%Y%m%d-%H%M%S")
-        )
+        new_name = config.run_name or time.strftime(f"{experiment}_%Y%m%d-%H%M%S")
+        self.name = checkpoint.parent.name if checkpoint else new_name
         self.log_dir = Path(config.log_dir) / self.name
         self.checkpoint_dir = Path(config.checkpoint_path) / experiment / self.name
         self.config = {name: str(value) for name, value in asdict(config).items()}
