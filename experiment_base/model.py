@@ -4,18 +4,22 @@ Nothing here is particular to GRPO but `load_model`'s choice of the reference. I
 stays as long as its lesson, and the same in every experiment.
 """
 
-import resource
+import math
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import jinja2
 import torch
+from run import fail  # before peft: it quiets bitsandbytes
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from run import fail
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()  # the training has one, and it is enough
 
 
 def resolve(config):
@@ -47,6 +51,9 @@ def load_pretrained(name: str, config, device: torch.device, trainable: bool):
         for key, value in model_config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(model_config, key, 0.0)
+        for key in ("logit_scale", "logits_scaling"):  # Cohere, Granite
+            if getattr(model_config.get_text_config(), key, None) not in (None, 1, 1.0):
+                fail(f"--model-name {name}: models that scale their logits ({key}) are not supported")
         return AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,
@@ -66,6 +73,10 @@ def load_tokenizer(name: str):
         fail_to_load(name, error)
     if not tokenizer.chat_template:
         fail(f"{name}: its tokenizer has no chat template; take an instruction-tuned (-Instruct) model")
+    try:
+        tokenizer.apply_chat_template([{"role": role, "content": "."} for role in ("system", "user")], tokenize=False)
+    except jinja2.TemplateError as error:
+        fail(f"{name}: its chat template takes no system message ({error})")
     return tokenizer
 
 
@@ -90,7 +101,8 @@ def can_pack(model_config, max_length: int) -> bool:
     window = getattr(text_config, "sliding_window", None)
     layer_types = getattr(text_config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     exact = {"full_attention", "sliding_attention"} if not window or window >= max_length else {"full_attention"}
-    return set(layer_types) <= exact and model_config._attn_implementation != "flash_attention_2"
+    rotary = getattr(text_config, "rope_parameters", None) and not getattr(text_config, "alibi", False)
+    return bool(rotary) and set(layer_types) <= exact and model_config._attn_implementation != "flash_attention_2"
 
 
 def load_model(config, device: torch.device, checkpoint: Path | None = None):
@@ -163,6 +175,10 @@ def peak_memory(device: torch.device) -> float:
     """The most memory that this process has used so far, in GiB: of the CUDA device, else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 

@@ -5,6 +5,7 @@ No tensor of tokens enters this file. It is the same in every experiment.
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses an optional kernel at every start
 KEPT_CHECKPOINTS = 2  # the newest of a run; older ones are deleted
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 # What a resumed run shares with the run that it continues, so that its weights fit and its prompts go on in order.

@@ -126,7 +126,8 @@ def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
         fail(f"{where}: field {config.answer_field!r} must be a number, is {answer[:50]!r}")
     texts = {"system": config.system_prompt, "user": str(row[config.question_field])}
     messages = [{"role": role, "content": text} for role, text in texts.items()]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    date = {"date_string": "26 Jul 2024"}  # Llama's template prints today's otherwise, and a run could not be repeated
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **date)
     ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS, where the model has one
     if len(ids) + config.max_new_tokens > config.max_length:
         budget = f"--max-length {config.max_length} - --max-new-tokens {config.max_new_tokens}"
@@ -174,7 +175,7 @@ def format_reward(completion: str) -> float:
 
 def is_lenient_match(completion: str, answer: str) -> bool:
     """Whether the last number of the completion is right, whatever stands around it."""
-    numbers = re.findall(r"(?<![0-9])-?" + NUMBER, completion[-1000:])
+    numbers = re.findall(r"(?<![0-9])-?" + NUMBER + "(?![0-9])", completion[-1000:])
     return bool(numbers) and parse_number(numbers[-1]) == parse_number(answer)
 
 
