@@ -34,8 +34,10 @@ def resolve(config):
     return replace(config, precision=half if config.precision == "auto" else config.precision), device
 
 
-def autocast(config, device: torch.device):
-    return torch.autocast(device.type, getattr(torch, config.precision), enabled=config.precision != "float32")
+def autocast(config, device: torch.device, sampling: bool = False):
+    """Matrix products in `precision`; sampling on a CPU in float32: ever new small shapes make bfloat16 slow there."""
+    enabled = config.precision != "float32" and not (sampling and device.type == "cpu")
+    return torch.autocast(device.type, getattr(torch, config.precision), enabled=enabled)
 
 
 def load_pretrained(name: str, config, device: torch.device, trainable: bool):

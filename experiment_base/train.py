@@ -205,7 +205,7 @@ def sample(policy, tokenizer, prompts: list[list[int]], copies: int, config: Con
     log_probs = torch.zeros(ids.shape, device=device)  # (rows, new tokens)
     counts = torch.zeros_like(rows)  # (rows,) tokens so far
     alive = torch.arange(len(rows), device=device)  # the rows that still grow
-    with autocast(config, device):
+    with autocast(config, device, sampling=True):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (prompts, width)
         output = policy(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
         cache, logits, mask, positions = output.past_key_values, output.logits[rows], mask[rows], lengths[rows]
