@@ -64,7 +64,8 @@ class MicroBatch:
 
 
 def row_length(experience: Experience, numbers: list[int]) -> int:
-    return len(experience.prompt_ids) + sum(len(experience.completion_ids[number]) for number in numbers)
+    """Tokens that are forwarded: all but the last of each completion, which predicts nothing and which nobody sees."""
+    return len(experience.prompt_ids) + sum(len(experience.completion_ids[number]) - 1 for number in numbers)
 
 
 def join_experience_batch(rows: list[tuple[Experience, list[int], list[Tensor]]], packed: bool) -> MicroBatch:
@@ -80,12 +81,12 @@ def join_experience_batch(rows: list[tuple[Experience, list[int], list[Tensor]]]
         segments[row, :start] = PROMPT
         for segment, number in enumerate(numbers, start=1):
             ids, sampled = experience.completion_ids[number], experience.masks[number].bool()
-            end = start + len(ids)
-            input_ids[row, start:end] = ids
-            position_ids[row, start:end] = prompt_length + torch.arange(len(ids))
+            end = start + len(ids) - 1
+            input_ids[row, start:end] = ids[:-1]
+            position_ids[row, start:end] = prompt_length + torch.arange(len(ids) - 1)
             segments[row, start:end] = segment
             # The token at position p is predicted from position p - 1, a completion's first from the prompt's last.
-            source = torch.arange(start - 1, end - 1)
+            source = torch.arange(start - 1, end)
             source[0] = prompt_length - 1
             tokens["predicted_from"].append(row * width + source[sampled])
             tokens["targets"].append(ids[sampled])

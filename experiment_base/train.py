@@ -49,9 +49,7 @@ class Config:
     log_completions_interval: int = 10  # steps between completions shown in full
     # the model
     model_name: str = str(DATA / "policy_math")  # a directory (of a model or an adapter), or a name on the hub
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # of matrix products; trained weights: float32
-    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights: float32
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # flash cannot take packed rows
     lora_rank: int = 0  # of adapters on all linear layers; 0 trains every weight
     load_in_4bit: bool = False  # frozen weights in nf4, with LoRA
@@ -80,7 +78,7 @@ class Config:
     epochs: int = 1  # passes over the prompts
     epochs_per_step: int = 1  # passes over a step's completions
     train_batch_size: int = 64  # completions per optimizer step: half a step's, so that the second update has to clip
-    micro_batch_tokens: int = 4096  # tokens forwarded at once; lower it when training runs out of memory
+    micro_batch_tokens: int = 1024  # tokens forwarded at once: 4096 and more for real models; lower it to save memory
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit keeps its state in 8 bits (bitsandbytes)
     lr: float = 5e-5  # for the embedded policy; real models: 1e-6 in full, 1e-5 with LoRA
     max_norm: float = 1.0  # the gradient is scaled down to this norm
@@ -187,7 +185,7 @@ def reward(experience: Experience, config: Config) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------- sampling
-@torch.no_grad()
+@torch.inference_mode()
 def sample(policy, tokenizer, prompts: list[list[int]], copies: int, config: Config, generator=None):
     """Sample `copies` completions of every prompt, or greedily one where there is no generator.
 
@@ -225,8 +223,7 @@ def sample(policy, tokenizer, prompts: list[list[int]], copies: int, config: Con
             if len(going) < len(alive):
                 alive, tokens, mask, positions = alive[going], tokens[going], mask[going], positions[going]
                 cache.reorder_cache(going)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            position_ids = positions[:, None] + t
+            mask, position_ids = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), positions[:, None] + t
             logits = policy(tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
     counts = counts.tolist()
     return [row[:n] for row, n in zip(ids.cpu(), counts)], [row[:n] for row, n in zip(log_probs.cpu(), counts)]
@@ -301,11 +298,14 @@ def token_log_probs(base, hidden: torch.Tensor, targets: torch.Tensor, temperatu
 def remember_log_probs(policy, reference, batches: list[list[MicroBatch]], config: Config) -> None:
     """Fill in the log-probs of the old policy and of the reference.
 
-    The first batch's old log-probs are those of its own training forward, which comes before any update.
+    The first batch's old ones are those of its own training forward, which comes before any update. Later batches'
+    are the sampler's in float32, where the two differ by rounding alone (`max_log_prob_gap`), else computed again.
     """
     policy.eval()
     for micro_batch in sum(batches[1:], []):
-        micro_batch.old_log_probs = sequences_log_probs(policy, micro_batch, config)
+        micro_batch.old_log_probs = micro_batch.sampled_log_probs
+        if config.precision != "float32":
+            micro_batch.old_log_probs = sequences_log_probs(policy, micro_batch, config)
     if config.kl_weight:
         with as_reference(policy, reference) as model:
             for micro_batch in sum(batches, []):
