@@ -10,11 +10,12 @@ in the same order, rewards, KL weight, clipping and AdamW. What is timed is the 
     ours    train.main itself; in place of its progress bar an iterator waits for the driver between two steps. Its
             logging counts as part of the step.
     trl     GRPOTrainer.train, which waits in a callback. Its logging, progress bar and saving are off, gradient
-            checkpointing too; micro-batch, bf16, attention and generation backend are the fastest that a search finds.
+            checkpointing too.
 
-Evaluations (our `evaluate` for both) count neither as time nor as memory. Memory is the most that a process holds in a
-step, above what it held when it was ready for the first one, as Linux counts it: resident, without mapped files, whose
-pages the kernel drops and reads again as it likes. In the JSON:
+A search finds the fastest settings of each first: precision and attention for both, for TRL its micro-batch and
+generation backend as well. Evaluations (our `evaluate` in float32 for both) count neither as time nor as memory.
+Memory is the most that a process holds in a step, above what it held when it was ready for the first one, as Linux
+counts it: resident, without mapped files, whose pages the kernel drops and reads again as it likes. In the JSON:
 
     step_time_ratio       median over pairs of steps of TRL's seconds over ours
     peak_memory_ratio     median over pairs of our peak above the level after loading over TRL's
@@ -32,7 +33,7 @@ import tempfile
 import threading
 import time
 from ctypes import CDLL
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
@@ -42,21 +43,23 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("ours", "trl")
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
+CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}  # what the speed of float32 and bfloat16 hangs on
 PATIENCE = 600  # seconds without an answer after which a worker counts as stuck
-CANDIDATES = {  # of TRL; the search starts with the first of each, and so does --quick where no results are at hand
-    "per_device_train_batch_size": (64, 8, 16, 32),
-    "bf16": (False, True),
-    "attn_implementation": ("sdpa", "eager"),
-    "use_transformers_continuous_batching": (False, True),
+CANDIDATES = {  # the search starts with the first of each, and so does --quick where no results of this CPU are at hand
+    "ours": {"precision": ("float32", "bfloat16"), "attention": ("sdpa", "eager")},
+    "trl": {
+        "per_device_train_batch_size": (64, 32, 16, 8),
+        "bf16": (False, True),
+        "attn_implementation": ("sdpa", "eager"),
+        "use_transformers_continuous_batching": (False, True),
+    },
 }
-# Ours: on a CPU with bfloat16 the fastest of float32 and bfloat16 x sdpa and eager, 0.41 s a step against 0.53 s with
-# the defaults (float32, sdpa). TRL is offered the same choices.
-OURS = {"precision": "float32", "attention": "sdpa"}
+HOPELESS = 3  # a candidate whose first step takes so many times the best one's is not tried further
 
 
 @dataclass
 class Options:
-    quick: bool = False  # the ratios alone, with the TRL settings of the last full run
+    quick: bool = False  # the ratios alone, with the settings of the last full run on such a CPU
     model_name: str = str(ROOT / "data" / "policy_math")  # a model's directory, or its name on the hub
     pairs: int = 16  # timed pairs of steps; --quick takes 6
     warmup: int = 2  # pairs of steps before them
@@ -159,8 +162,7 @@ def work(side: str, model_name: str, seed: int, steps: int, eval_interval: int, 
     config.log_dir, config.checkpoint_path, config.checkpoint_interval = f"{folder}/runs", f"{folder}/output", 10**9
     config.eval_interval = eval_interval or 10**9
     if side == "ours":
-        config.precision, config.attention = OURS["precision"], OURS["attention"]
-        run_ours(train, config, clock)
+        run_ours(train, replace(config, **settings), clock)
     else:
         run_trl(train, train.resolve(config)[0], clock, settings, folder)
 
@@ -232,6 +234,7 @@ def run_trl(train, config, clock: Clock, settings: dict, folder: str) -> None:
         sys.exit("error: TRL would tokenise the prompts to other ids than ours")
     arguments = trl_arguments(config, settings, folder)
     updates = arguments["max_steps"] // config.max_steps
+    evaluated, _ = train.load_model(replace(config, kl_weight=0.0), train.torch.device("cpu"))
 
     class Turns(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **_):
@@ -240,8 +243,8 @@ def run_trl(train, config, clock: Clock, settings: dict, folder: str) -> None:
                 return
             clock.reward = (trainer._metrics["train"]["reward"] or [None])[-1]
             if step % config.eval_interval == 0:
-                train.evaluate(model, tokenizer, eval_prompts, config)
-                model.train()
+                evaluated.load_state_dict(model.state_dict())  # a copy outside of accelerate's autocast
+                train.evaluate(evaluated, tokenizer, eval_prompts, config)
             clock.next_step()
 
     def accuracy_reward(completions, answer, **_):
@@ -267,7 +270,7 @@ def run_trl(train, config, clock: Clock, settings: dict, folder: str) -> None:
 class Worker:
     """A side in a process of its own."""
 
-    def __init__(self, side: str, options: Options, seed: int, steps: int, eval_interval=0, settings=None) -> None:
+    def __init__(self, side: str, options: Options, seed: int, steps: int, settings: dict, eval_interval=0) -> None:
         self.folder = tempfile.TemporaryDirectory()
         job = (side, options.model_name, seed, steps, eval_interval, settings, self.folder.name)
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
@@ -301,14 +304,13 @@ class Worker:
 def in_turns(options: Options, settings: dict, seed: int, steps: int, eval_interval: int = 0):
     """(what each side says when it is loaded, a pair of reports for every step), the steps taken in turns."""
     with (
-        Worker("ours", options, seed, steps, eval_interval) as ours,
-        Worker("trl", options, seed, steps, eval_interval, settings) as trl,
+        Worker("ours", options, seed, steps, settings["ours"], eval_interval) as ours,
+        Worker("trl", options, seed, steps, settings["trl"], eval_interval) as trl,
     ):
         workers = (ours, trl)
         loaded = {worker.side: worker.answer() for worker in workers}
         before = [loaded[side]["accuracy"] for side in SIDES]
-        # Not 0: with bf16 TRL's model is evaluated inside accelerate's autocast, ours in float32: 0.391 and 0.375.
-        if abs(before[0] - before[1]) > 0.02:
+        if abs(before[0] - before[1]) > 0.01:
             raise RuntimeError(f"not the same model: held-out accuracy before training {before}")
         pairs = []
         for step in range(1, steps + 1):
@@ -318,22 +320,29 @@ def in_turns(options: Options, settings: dict, seed: int, steps: int, eval_inter
     return loaded, pairs
 
 
-def search(options: Options) -> tuple[dict, list[dict]]:
-    """(TRL's fastest settings, every trial). A setting that cannot run is kept with its error."""
-    best, trials = {name: values[0] for name, values in CANDIDATES.items()}, []
-    for name, values in CANDIDATES.items():
+def search(options: Options, side: str) -> tuple[dict, list[dict]]:
+    """(the side's fastest settings, every trial). What cannot run is kept with its error."""
+    best, trials = {name: values[0] for name, values in CANDIDATES[side].items()}, []
+    seconds = float("inf")
+    for name, values in CANDIDATES[side].items():
         for value in values[1:] if trials else values:
-            trials.append({"settings": best | {name: value}, **try_settings(options, best | {name: value})})
-            print(f"search: {trials[-1]}", flush=True)
-        best = min((trial for trial in trials if "seconds" in trial), key=lambda trial: trial["seconds"])["settings"]
+            settings = best | {name: value}
+            trials.append({"settings": settings, **try_settings(options, side, settings, seconds)})
+            print(f"search, {side}: {trials[-1]}", flush=True)
+        if not any("seconds" in trial for trial in trials):
+            raise RuntimeError(f"{side} runs with none of its settings")
+        fastest = min((trial for trial in trials if "seconds" in trial), key=lambda trial: trial["seconds"])
+        best, seconds = fastest["settings"], fastest["seconds"]
     return best, trials
 
 
-def try_settings(options: Options, settings: dict) -> dict:
-    with Worker("trl", options, options.seeds[0], options.search_steps + 1, settings=settings) as worker:
+def try_settings(options: Options, side: str, settings: dict, best_seconds: float) -> dict:
+    with Worker(side, options, options.seeds[0], options.search_steps + 1, settings) as worker:
         try:
             worker.answer()
-            steps = [worker.step() for _ in range(options.search_steps + 1)][1:]
+            steps = [worker.step()]  # to warm up
+            if steps[0]["seconds"] < HOPELESS * best_seconds:
+                steps = [worker.step() for _ in range(options.search_steps)]
         except RuntimeError as error:
             return {"error": str(error)}
     return {name: median(step[name] for step in steps) for name in ("seconds", "sampling_seconds", "peak_bytes")}
@@ -388,9 +397,10 @@ def measure_curves(options: Options, settings: dict) -> dict:
 def describe_machine() -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    flags = set(next((line for line in lines if line.startswith("flags")), "").split())
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "cpu": names[0] if names else os.uname().machine,
+        "cpu": " ".join([names[0] if names else os.uname().machine, *sorted(flags & CPU_FLAGS)]),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in PACKAGES},
@@ -430,21 +440,25 @@ def to_json(value, **options) -> str:
 
 
 def main(options: Options) -> None:
-    start, path = time.time(), options.output_dir / "vs_trl.json"
+    start, path, machine = time.time(), options.output_dir / "vs_trl.json", describe_machine()
     if options.quick:
-        options.pairs, options.warmup = min(options.pairs, 6), 1
-        known = path.is_file()
-        defaults = {name: values[0] for name, values in CANDIDATES.items()}
-        settings, trials = json.loads(path.read_text())["trl_settings"] if known else defaults, None
-        print(f"TRL's settings, {f'from {path}' if known else 'the defaults, not searched for'}: {settings}")
+        options.pairs, options.warmup, trials = min(options.pairs, 6), 1, None
+        known = json.loads(path.read_text()) if path.is_file() else None
+        if known and known["machine"]["cpu"] == machine["cpu"]:
+            settings = known["settings"]
+        else:
+            settings = {side: {name: values[0] for name, values in CANDIDATES[side].items()} for side in SIDES}
+            print(f"no results of a {machine['cpu']} at hand: settings that nobody searched for")
+        print(f"settings: {settings}")
         path = path.with_stem("vs_trl_quick")
     else:
-        settings, trials = search(options)
+        found = {side: search(options, side) for side in SIDES}
+        settings, trials = ({side: found[side][i] for side in SIDES} for i in (0, 1))
     results = measure_pairs(options, settings)
     if not options.quick:
         results |= measure_curves(options, settings)
     head = {name: value for name, value in results.items() if isinstance(value, float)}
-    about = {"machine": describe_machine(), "options": asdict(options), "trl_settings": settings, "search": trials}
+    about = {"machine": machine, "options": asdict(options), "settings": settings, "search": trials}
     about["seconds_in_all"] = time.time() - start
     options.output_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(head | about | results, indent=1) + "\n")

@@ -15,9 +15,14 @@ MODULES = ("train", "loss", "replay_buffer", "model", "run")
 POLICY = ROOT / "data" / "policy_math"
 
 
-@cache
 def load_experiment(name: str = "experiment_base") -> SimpleNamespace:
-    """The modules of an experiment by name. Every experiment has a `train`, so none may stay in sys.modules."""
+    """The modules of an experiment by name, loaded once."""
+    return import_modules(name)
+
+
+@cache
+def import_modules(name: str) -> SimpleNamespace:
+    """Every experiment has a `train`, so none may stay in sys.modules."""
     saved = {module: sys.modules.pop(module) for module in MODULES if module in sys.modules}
     sys.path.insert(0, str(ROOT / name))
     try:

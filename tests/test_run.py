@@ -68,7 +68,7 @@ def tiny_settings(folder: Path, model: str, **overrides) -> dict:
 
 
 def modules(experiment: str = "experiment_base"):
-    """The modules of an experiment. load_experiment() would be a second copy of the base."""
+    """The modules of an experiment."""
     return load_experiment(experiment)
 
 
@@ -124,17 +124,6 @@ def tidy():
         yield patch
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, handler)
-
-
-@pytest.fixture(autouse=True)
-def tidy_process():
-    with tidy():
-        yield
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("qwen2"))
 
 
 @pytest.fixture

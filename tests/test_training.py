@@ -24,20 +24,8 @@ from test_run import (
     run_main,
     save_model,
     settings_of,
-    tidy,
     tiny_settings,
 )
-
-
-@pytest.fixture(autouse=True)
-def tidy_process():
-    with tidy():
-        yield
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("qwen2"))
 
 
 @pytest.fixture(scope="session")
