@@ -1,16 +1,14 @@
 """From completions to the tensors of a training forward: groups -> optimizer batches -> packed micro-batches.
 
-A group is packed as one row, `prompt | completion 1 | ... | completion G`. A completion sees the prompt and itself, and
-its positions go on where the prompt's end: the log-probs of G separate rows, with the prompt forwarded once.
+A group is packed as one row: its prompt, then the tree of its completions, which holds once what they share from the
+start on. A token sees those that lead to it, and its position is their number: log-probs are those of G separate rows.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 
 import torch
 from loss import token_weights
 from torch import Tensor
-
-PROMPT, PADDING = 0, -1  # segments of a row; its completions are 1, 2, ...
 
 
 @dataclass
@@ -30,12 +28,32 @@ class Experience:
 
 
 @dataclass
+class Row:
+    """A packed row: the prompt of a group and the tree of some of its completions."""
+
+    experience: Experience
+    weights: list[Tensor]  # G x (tokens,), of all completions
+    ids: list[int]  # (tokens,), the prompt's at first
+    paths: dict[int, list[int]] = field(default_factory=dict)  # completion -> indices its tokens are predicted from
+    children: dict[tuple[int, int], int] = field(default_factory=dict)  # (index, next token) -> index of the next
+
+    def add(self, number: int) -> None:
+        """Add a completion, but for its last token, which predicts nothing and which nobody sees."""
+        path = [len(self.experience.prompt_ids) - 1]  # the prompt's last token predicts the first one
+        for token in self.experience.completion_ids[number].tolist()[:-1]:
+            path.append(self.children.setdefault((path[-1], token), len(self.ids)))
+            if path[-1] == len(self.ids):  # it is new
+                self.ids.append(token)
+        self.paths[number] = path
+
+
+@dataclass
 class MicroBatch:
     """Packed rows that are forwarded together; `sampled` is the number of their sampled tokens."""
 
     input_ids: Tensor  # (rows, tokens)
-    position_ids: Tensor  # (rows, tokens), going on after the prompt for each completion
-    segments: Tensor  # (rows, tokens)
+    position_ids: Tensor  # (rows, tokens)
+    members: Tensor  # (rows, tokens, G), 1 where the token belongs to that completion; the prompt's belong to all
     predicted_from: Tensor  # (sampled,), index into the rows * tokens hidden states
     targets: Tensor  # (sampled,)
     sampled_log_probs: Tensor  # (sampled,)
@@ -46,55 +64,41 @@ class MicroBatch:
     reference_log_probs: Tensor | None = None  # (sampled,)
 
     def to(self, device) -> "MicroBatch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor:
         """Additive mask (rows, 1, tokens, tokens) for packed rows, else the usual (rows, tokens) of ones and zeros.
 
-        Additive, because eager attention adds what it is given: a bool mask would be silently wrong there. Padding
-        sees itself, because a softmax over nothing is NaN.
-        """
+        A token sees itself (padding too: a softmax over nothing is NaN) and the earlier ones that share a completion
+        with it. Additive, because eager attention adds what it is given: a bool mask would be silently wrong there."""
         if not self.packed:
-            return (self.segments != PADDING).long()
-        query, key = self.segments[:, :, None], self.segments[:, None, :]
-        visible = ((key == query) | (key == PROMPT)).tril()  # (rows, tokens, tokens)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+            return self.members.any(-1).long()
+        visible = (self.members @ self.members.mT > 0).tril()  # (rows, tokens, tokens)
+        visible |= torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
+        return (~visible).to(dtype)[:, None] * torch.finfo(dtype).min
 
 
-def row_length(experience: Experience, numbers: list[int]) -> int:
-    """Tokens that are forwarded: all but the last of each completion, which predicts nothing and which nobody sees."""
-    return len(experience.prompt_ids) + sum(len(experience.completion_ids[number]) - 1 for number in numbers)
-
-
-def join_experience_batch(rows: list[tuple[Experience, list[int], list[Tensor]]], packed: bool) -> MicroBatch:
-    """Pack rows, each (experience, numbers of its completions, weights of all completions), padded to the longest."""
-    width = max(row_length(experience, numbers) for experience, numbers, _ in rows)
+def join_experience_batch(rows: list[Row], packed: bool) -> MicroBatch:
+    """The tensors of rows, padded to the longest."""
+    width = max(len(row.ids) for row in rows)
     input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)
-    segments = torch.full((len(rows), width), PADDING)
+    members = torch.zeros(len(rows), width, max(len(row.weights) for row in rows))
     tokens = {"predicted_from": [], "targets": [], "sampled_log_probs": [], "advantages": [], "weights": []}
-    for row, (experience, numbers, weights) in enumerate(rows):
-        start = prompt_length = len(experience.prompt_ids)
-        input_ids[row, :start] = experience.prompt_ids
-        position_ids[row, :start] = torch.arange(start)
-        segments[row, :start] = PROMPT
-        for segment, number in enumerate(numbers, start=1):
-            ids, sampled = experience.completion_ids[number], experience.masks[number].bool()
-            end = start + len(ids) - 1
-            input_ids[row, start:end] = ids[:-1]
-            position_ids[row, start:end] = prompt_length + torch.arange(len(ids) - 1)
-            segments[row, start:end] = segment
-            # The token at position p is predicted from position p - 1, a completion's first from the prompt's last.
-            source = torch.arange(start - 1, end)
-            source[0] = prompt_length - 1
-            tokens["predicted_from"].append(row * width + source[sampled])
-            tokens["targets"].append(ids[sampled])
+    for i, row in enumerate(rows):
+        experience, prompt_length = row.experience, len(row.experience.prompt_ids)
+        input_ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        position_ids[i, :prompt_length] = torch.arange(prompt_length)
+        members[i, :prompt_length] = 1
+        for number, path in row.paths.items():
+            position_ids[i, path] = prompt_length - 1 + torch.arange(len(path))
+            members[i, path, number] = 1
+            sampled = experience.masks[number].bool()
+            tokens["predicted_from"].append(i * width + torch.tensor(path)[sampled])
+            tokens["targets"].append(experience.completion_ids[number][sampled])
             tokens["sampled_log_probs"].append(experience.sampled_log_probs[number][sampled])
-            tokens["advantages"].append(experience.advantages[number].expand(len(ids))[sampled])
-            tokens["weights"].append(weights[number][sampled])
-            start = end
-    return MicroBatch(input_ids, position_ids, segments, packed=packed, **{k: torch.cat(v) for k, v in tokens.items()})
+            tokens["advantages"].append(experience.advantages[number].expand(len(path))[sampled])
+            tokens["weights"].append(row.weights[number][sampled])
+    return MicroBatch(input_ids, position_ids, members, packed=packed, **{k: torch.cat(v) for k, v in tokens.items()})
 
 
 class ReplayBuffer:
@@ -112,8 +116,7 @@ class ReplayBuffer:
 
         Without a KL term, groups without spread (advantage 0) are not forwarded, but they count in the weights.
         """
-        order = torch.randperm(len(self.experiences), generator=generator)
-        batches = []
+        order, batches = torch.randperm(len(self.experiences), generator=generator), []
         for chosen in order.split(config.train_batch_size // config.group_size):
             groups = [self.experiences[i] for i in chosen]
             masks = [mask for experience in groups for mask in experience.masks]
@@ -122,29 +125,26 @@ class ReplayBuffer:
             for experience in groups:
                 group_weights = [next(weights) for _ in experience.masks]
                 if config.kl_weight or experience.advantages.any():
-                    cut = cut_into_rows(experience, config.micro_batch_tokens if packed else 0)
-                    rows += [(experience, numbers, group_weights) for numbers in cut]
+                    rows += cut_into_rows(experience, group_weights, config.micro_batch_tokens if packed else 0)
             batches.append(cut_into_micro_batches(rows, config.micro_batch_tokens, packed))
         return batches
 
 
-def cut_into_rows(experience: Experience, most_tokens: int) -> list[list[int]]:
-    """The completions of each row of a group, by number: as many to a row as fit, at least one."""
-    rows = []
-    for number in range(len(experience.completion_ids)):
-        if rows and row_length(experience, rows[-1] + [number]) <= most_tokens:
-            rows[-1].append(number)
-        else:
-            rows.append([number])
+def cut_into_rows(experience: Experience, weights: list[Tensor], most_tokens: int) -> list[Row]:
+    """As many completions to a row as fit even if they share only the prompt, at least one."""
+    rows, prompt = [], experience.prompt_ids.tolist()
+    for number, ids in enumerate(experience.completion_ids):
+        if not rows or len(rows[-1].ids) + len(ids) - 1 > most_tokens:
+            rows.append(Row(experience, weights, prompt.copy()))
+        rows[-1].add(number)
     return rows
 
 
-def cut_into_micro_batches(rows: list, most_tokens: int, packed: bool) -> list[MicroBatch]:
+def cut_into_micro_batches(rows: list[Row], most_tokens: int, packed: bool) -> list[MicroBatch]:
     """Rows of like length together, as many as keep rows x longest row within `most_tokens`, at least one."""
     micro_batches = []
-    for row in sorted(rows, key=lambda row: row_length(*row[:2]), reverse=True):
-        if micro_batches and (len(micro_batches[-1]) + 1) * row_length(*micro_batches[-1][0][:2]) <= most_tokens:
-            micro_batches[-1].append(row)
-        else:
-            micro_batches.append([row])
+    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
+        if not micro_batches or (len(micro_batches[-1]) + 1) * len(micro_batches[-1][0].ids) > most_tokens:
+            micro_batches.append([])
+        micro_batches[-1].append(row)
     return [join_experience_batch(rows, packed) for rows in micro_batches]

@@ -190,43 +190,43 @@ def sample(policy, tokenizer, prompts: list[list[int]], copies: int, config: Con
     """Sample `copies` completions of every prompt, or greedily one where there is no generator.
 
     A plain softmax at `temperature`, whatever top_k, top_p or penalty the checkpoint's generation config asks for: the
-    loss takes the log-probs of this distribution. Each prompt is forwarded once and its KV cache repeated; finished
-    rows leave. Returns the ids (through the end token) and their log-probs, (tokens,) per row, prompt 0's rows first.
+    loss takes the log-probs of this distribution. A prompt's completions are one row of the KV cache while they agree.
+    Finished ones leave. Returns their ids (through the end token) and log-probs, (tokens,) each, prompt 0's first.
     """
     device, width = policy.device, max(map(len, prompts))
     ends = torch.tensor(end_token_ids(policy, tokenizer), device=device)
     input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)  # padded on the left
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)  # (prompts,)
     mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # from lengths, never from ids
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)  # (rows,) the prompt of each
-    ids = torch.zeros(len(rows), config.max_new_tokens, dtype=torch.long, device=device)  # (rows, new tokens)
-    log_probs = torch.zeros(ids.shape, device=device)  # (rows, new tokens)
-    counts = torch.zeros_like(rows)  # (rows,) tokens so far
-    alive = torch.arange(len(rows), device=device)  # the rows that still grow
+    prefix = torch.arange(len(prompts), device=device).repeat_interleave(copies)  # (completions,), the prompt at first
+    ids = torch.zeros(len(prefix), config.max_new_tokens, dtype=torch.long, device=device)  # (completions, new tokens)
+    log_probs = torch.zeros(ids.shape, device=device)  # (completions, new tokens)
+    counts = torch.zeros_like(prefix)  # (completions,) tokens so far
+    alive = torch.arange(len(prefix), device=device)  # the completions that still grow; prefix is theirs
     with autocast(config, device, sampling=True):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (prompts, width)
         output = policy(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        cache, logits, mask, positions = output.past_key_values, output.logits[rows], mask[rows], lengths[rows]
-        cache.reorder_cache(rows)  # from one row a prompt to one a completion
+        cache, logits, vocabulary = output.past_key_values, output.logits, output.logits.shape[-1]
         for t in range(config.max_new_tokens):
-            next_log_probs = (logits[:, -1].float() / config.temperature).log_softmax(-1)  # (alive, vocabulary)
+            next_log_probs = (logits[:, -1].float() / config.temperature).log_softmax(-1)[prefix]  # (alive, vocabulary)
             if generator is None:
-                tokens = next_log_probs.argmax(-1, keepdim=True)  # (alive, 1)
+                tokens = next_log_probs.argmax(-1)  # (alive,)
             else:
-                tokens = torch.multinomial(next_log_probs.exp(), 1, generator=generator)  # (alive, 1)
-            ids[alive, t] = tokens[:, 0]
-            log_probs[alive, t] = next_log_probs.gather(1, tokens)[:, 0]
+                tokens = torch.multinomial(next_log_probs.exp(), 1, generator=generator)[:, 0]  # (alive,)
+            ids[alive, t], log_probs[alive, t] = tokens, next_log_probs.gather(1, tokens[:, None])[:, 0]
             counts[alive] += 1
-            going = (~torch.isin(tokens[:, 0], ends)).nonzero()[:, 0]
-            if len(going) == 0 or t + 1 == config.max_new_tokens:
+            going = ~torch.isin(tokens, ends)
+            alive, tokens, prefix = alive[going], tokens[going], prefix[going]
+            if len(alive) == 0 or t + 1 == config.max_new_tokens:
                 break
-            if len(going) < len(alive):
-                alive, tokens, mask, positions = alive[going], tokens[going], mask[going], positions[going]
-                cache.reorder_cache(going)
-            mask, position_ids = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), positions[:, None] + t
-            logits = policy(tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
-    counts = counts.tolist()
-    return [row[:n] for row, n in zip(ids.cpu(), counts)], [row[:n] for row, n in zip(log_probs.cpu(), counts)]
+            longer, prefix = torch.unique(prefix * vocabulary + tokens, return_inverse=True)  # (prefixes,), (alive,)
+            parents, tokens = longer // vocabulary, longer % vocabulary
+            if not torch.equal(parents, torch.arange(len(mask), device=device)):
+                mask, lengths = mask[parents], lengths[parents]
+                cache.reorder_cache(parents)
+            mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), lengths[:, None] + t
+            logits = policy(tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    return tuple([row[:n] for row, n in zip(rows.cpu(), counts.tolist())] for rows in (ids, log_probs))
 
 
 @out_of_memory_names("sample_rows")

@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 from helpers import ARCHITECTURES, load_experiment, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 experiment = load_experiment()
@@ -90,7 +92,11 @@ def assert_same(found, expected, tolerance=1e-4):
 
 
 def ragged_groups(dtype=torch.float32):
-    return [group(7, [5, 1, 9, 4], seed=1, dtype=dtype), group(12, [3, 10, 2, 6], seed=2, dtype=dtype)]
+    """In the first group a completion parts from another after 3 tokens, in the second two are the same."""
+    groups = [group(7, [5, 1, 9, 4], seed=1, dtype=dtype), group(12, [3, 10, 3, 6], seed=2, dtype=dtype)]
+    groups[0].completion_ids[2][:3] = groups[0].completion_ids[0][:3]
+    groups[1].completion_ids[2] = groups[1].completion_ids[0].clone()
+    return groups
 
 
 # ---------------------------------------------------------------- log-probs
@@ -223,7 +229,7 @@ def test_chunked_log_softmax_equals_the_naive_one_and_its_gradient():
     sizes = []
     model.lm_head.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     log_probs = sequences_log_probs(model, micro_batch, config)
-    assert sizes == [6] * 6 + [4] and len(micro_batch.targets) == 40
+    assert sizes == [6] * 6 + [5] and len(micro_batch.targets) == 41
     torch.testing.assert_close(log_probs, naive, atol=1e-4, rtol=0)
     for gradient, reference in zip(gradients(log_probs), expected):
         assert (gradient - reference).norm() <= 1e-4 * reference.norm()
@@ -269,13 +275,52 @@ def test_the_mask_is_additive_and_every_query_sees_something(dtype):
     assert unpacked.attention_mask(dtype).tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
+def test_a_shared_beginning_stands_once():
+    """Completions A B C, A B D E, A B C and A: A and B are forwarded once, and D parts from C after them."""
+    experience, (a, b, c, d, e) = group(3, [3, 4, 3, 1]), [50, 51, 52, 53, 54]
+    experience.completion_ids = [torch.tensor(ids) for ids in ([a, b, c], [a, b, d, e], [a, b, c], [a])]
+    (micro_batch,) = one_batch([experience], config_of())
+    assert micro_batch.input_ids.tolist() == [[*experience.prompt_ids.tolist(), a, b, d]]
+    assert micro_batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert micro_batch.predicted_from.tolist() == [2, 3, 4, 2, 3, 4, 5, 2, 3, 4, 2]
+    assert micro_batch.targets.tolist() == [a, b, c, a, b, d, e, a, b, c, a]
+    experience.completion_ids[1][0] = d  # now they part at once, and nobody of A's family sees D B D
+    (micro_batch,) = one_batch([experience], config_of())
+    assert micro_batch.input_ids[0, 3:].tolist() == [a, b, d, b, d]
+    assert micro_batch.position_ids[0, 3:].tolist() == [3, 4, 3, 4, 5]
+    visible = micro_batch.attention_mask(torch.float32)[0, 0] == 0
+    assert visible[3:].long().tolist() == [
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0, 1, 0, 0],
+        [1, 1, 1, 0, 0, 1, 1, 0],
+        [1, 1, 1, 0, 0, 1, 1, 1],
+    ]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=6), min_size=2, max_size=6))
+def test_any_tree_gives_the_log_probs_of_its_completions(completions):
+    """Three different tokens only, so that completions share beginnings, contain and equal each other."""
+    model, experience = make_model(), group(4, [len(ids) for ids in completions])
+    experience.completion_ids = [torch.tensor(ids) for ids in completions]
+    batch = one_batch([experience], config_of())
+    assert_same(packed_log_probs(model, batch, config_of()), one_by_one(model, [experience]))
+    prefixes = {tuple(ids[:n]) for ids in completions for n in range(1, len(ids))}
+    assert batch[0].input_ids.shape == (1, 4 + len(prefixes))  # every prefix stands once
+
+
+def cut(experience, most_tokens):
+    return [list(row.paths) for row in buffer.cut_into_rows(experience, experience.masks, most_tokens)]
+
+
 def test_rows_are_split_by_the_token_limit():
     """Prompt of 10, completions of 5, 5, 20, 3, 3 less a token each: 18 tokens hold the prompt and two short ones."""
     experience = group(10, [5, 5, 20, 3, 3])
-    assert buffer.cut_into_rows(experience, 4096) == [[0, 1, 2, 3, 4]]
-    assert buffer.cut_into_rows(experience, 18) == [[0, 1], [2], [3, 4]]  # 29 tokens alone: at least one to a row
-    assert buffer.cut_into_rows(experience, 17) == [[0], [1], [2], [3, 4]]
-    assert buffer.cut_into_rows(experience, 0) == [[0], [1], [2], [3], [4]]
+    assert cut(experience, 4096) == [[0, 1, 2, 3, 4]]
+    assert cut(experience, 18) == [[0, 1], [2], [3, 4]]  # 29 tokens alone: at least one to a row
+    assert cut(experience, 17) == [[0], [1], [2], [3, 4]]
+    assert cut(experience, 0) == [[0], [1], [2], [3], [4]]
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -285,12 +330,13 @@ def test_micro_batches_hold_every_token_once_within_the_limit(micro_batch_tokens
     batch = one_batch(groups, config_of(micro_batch_tokens=micro_batch_tokens), packed)
     for micro_batch in batch:
         assert micro_batch.input_ids.numel() <= micro_batch_tokens or len(micro_batch.input_ids) == 1
-        largest = micro_batch.segments.max(dim=1).values  # completions of each row
+        prompt = micro_batch.members.all(-1).sum(1, keepdim=True)  # tokens that belong to every completion
+        largest = (micro_batch.members.sum(1) > prompt).sum(1)  # completions of each row with a token of their own
         assert (largest <= 1).all() or packed and micro_batch.input_ids.shape[1] <= micro_batch_tokens
     numbers = torch.cat([micro_batch.sampled_log_probs for micro_batch in batch]).tolist()
     assert sorted(numbers) == sorted(n.item() for e in groups for row in e.sampled_log_probs for n in row)
     if micro_batch_tokens == 4096:
-        assert len(batch) == 1 and batch[0].input_ids.shape == ((3, 29) if packed else (12, 21))
+        assert len(batch) == 1 and batch[0].input_ids.shape == ((3, 28) if packed else (12, 21))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -302,8 +348,7 @@ def test_padding_leaves_log_probs_loss_and_figures_unchanged(packed):
 
     def figures(groups):
         weights = [torch.full((5,), 0.1), torch.full((3,), 0.2)], [torch.zeros(9), torch.zeros(9)]
-        numbers = [[0, 1]] if packed else [[0], [1]]
-        rows = [(e, n, w) for e, w in zip(groups, weights) for n in numbers]
+        rows = [row for e, w in zip(groups, weights) for row in buffer.cut_into_rows(e, w, 4096 if packed else 0)]
         micro_batch = buffer.join_experience_batch(rows, packed)
         log_probs = sequences_log_probs(model, micro_batch, config)
         generator = torch.Generator().manual_seed(0)

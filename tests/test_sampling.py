@@ -269,13 +269,36 @@ def test_the_same_prompt_twice_gives_two_groups():
     assert not all(a.equal(b) for a, b in zip(*(e.completion_ids for e in experiences)))
 
 
-@pytest.mark.parametrize("sample_rows, at_once", [(2, [2] * 5), (5, [4, 4, 2]), (6, [6, 4]), (256, [10])])
+@pytest.mark.parametrize("sample_rows, at_once", [(2, [1] * 5), (5, [2, 2, 1]), (6, [3, 2]), (256, [5])])
 def test_sample_rows_bounds_the_rows_and_leaves_no_prompt_out(sample_rows, at_once):
+    """Both completions of a prompt agree, so there is one row a prompt."""
     prompts = [[10 + i] * (i + 1) for i in range(5)]
     policy = says(*([100 + i, END] for i in range(5)), prompts=prompts)
     experiences = rollout(policy, TOKENIZER, as_prompts(prompts), 2, config_of(sample_rows=sample_rows), generator_of())
     assert [e.completion_ids[1].tolist() for e in experiences] == [[100 + i, END] for i in range(5)]
     assert policy.rows_seen == at_once
+
+
+def test_completions_that_agree_are_forwarded_as_one(monkeypatch):
+    model, rows_seen = many_ends(make_model()), []
+    forward = model.forward
+
+    def forward_and_count(input_ids, **arguments):
+        rows_seen.append(len(input_ids))
+        return forward(input_ids, **arguments)
+
+    monkeypatch.setattr(model, "forward", forward_and_count)
+    config = config_of(temperature=0.2, max_new_tokens=8)  # so cold that many agree for long
+    experiences = rollout(model, TOKENIZER, as_prompts(), 16, config, generator_of())
+    for t, count in enumerate(rows_seen[1:], start=1):
+        prefixes = {
+            (number, tuple(ids[:t].tolist()))
+            for number, experience in enumerate(experiences)
+            for ids in experience.completion_ids
+            if len(ids) > t
+        }
+        assert count == len(prefixes)
+    assert rows_seen[0] == 3 and max(rows_seen) < 48
 
 
 def test_evaluation_is_greedy_and_does_not_depend_on_its_chunks():
