@@ -1,6 +1,6 @@
 """experiment_base/train.py against trl's GRPOTrainer on the same work, on the CPU, each at its best.
 
-    python benchmarks/vs_trl.py             # about 20 minutes on 2 cores; writes results/vs_trl.json and vs_trl.png
+    python benchmarks/vs_trl.py             # about 12 minutes on 2 cores; writes results/vs_trl.json and vs_trl.png
     python benchmarks/vs_trl.py --quick     # the ratios alone, within 2 minutes; writes results/vs_trl_quick.json
 
 Each side is a process of its own that takes a step when this one says so, in turns, so that both see the same machine.
@@ -63,7 +63,7 @@ class Options:
     model_name: str = str(ROOT / "data" / "policy_math")  # a model's directory, or its name on the hub
     pairs: int = 16  # timed pairs of steps; --quick takes 6
     warmup: int = 2  # pairs of steps before them
-    search_steps: int = 2  # timed steps of each candidate in the search, after one to warm up
+    search_steps: int = 3  # timed steps of each candidate in the search, after one to warm up
     steps: int = 20  # steps of a learning curve
     eval_interval: int = 4  # steps between two points of it
     seeds: tuple[int, ...] = (42, 1, 2)  # a curve of each side for every seed; the first is the one of the pairs
@@ -86,7 +86,8 @@ def give_back_memory() -> None:
 class Clock:
     """Waits for the driver between steps and measures each. Standard output carries one line of JSON a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.cuda = __import__("torch").cuda if device == "cuda" else None
         self.pipe = os.fdopen(os.dup(1), "w")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what else is printed
         self.info, self.level, self.reward, self.start = {}, 0, None, None
@@ -94,12 +95,22 @@ class Clock:
         self.reset()
         threading.Thread(target=self.watch_memory, daemon=True).start()
 
+    def now(self) -> float:
+        if self.cuda:
+            self.cuda.synchronize()
+        return time.perf_counter()
+
+    def memory(self) -> int:
+        return self.cuda.memory_allocated() if self.cuda else memory_in_use()
+
     def reset(self) -> None:
+        if self.cuda:
+            self.cuda.reset_peak_memory_stats()
         self.excluded, self.sampling, self.tokens, self.peak, self.accuracy = 0.0, 0.0, 0, 0, None
 
     def watch_memory(self) -> None:
         while self.running.wait():
-            self.peak = max(self.peak, memory_in_use())
+            self.peak = max(self.peak, self.cuda.max_memory_allocated() if self.cuda else memory_in_use())
             time.sleep(0.005)
 
     def next_step(self) -> None:
@@ -108,19 +119,19 @@ class Clock:
         report = {"accuracy": self.accuracy}
         if self.start is None:
             give_back_memory()
-            self.level = memory_in_use()
+            self.level = self.memory()
             report |= {"loaded_bytes": self.level, **self.info}
         else:
-            seconds = time.perf_counter() - self.start - self.excluded
+            seconds = self.now() - self.start - self.excluded
             report |= {"seconds": seconds, "sampling_seconds": self.sampling}
             report |= {"training_seconds": seconds - self.sampling, "tokens": self.tokens, "reward": self.reward}
-            report |= {"peak_bytes": self.peak - self.level}
+            report |= {"peak_bytes": self.peak - self.level, "whole_peak_bytes": self.peak}
         print(json.dumps(report), file=self.pipe, flush=True)
         if sys.stdin.readline().strip() != "go":
             os._exit(0)  # the driver has all it wants, or is gone
         self.reset()
         self.running.set()
-        self.start = time.perf_counter()
+        self.start = self.now()
 
     def evaluating(self, evaluate):
         """`evaluate`, with neither its time nor its memory counted."""
@@ -140,10 +151,10 @@ class Clock:
         """`generate`, with its time counted as sampling."""
 
         def wrapped(*args, **kwargs):
-            begin = time.perf_counter()
+            begin = self.now()
             result = generate(*args, **kwargs)
             if self.running.is_set():
-                self.sampling += time.perf_counter() - begin
+                self.sampling += self.now() - begin
                 self.tokens += count_tokens(result)
             return result
 
@@ -151,20 +162,23 @@ class Clock:
 
 
 # ---------------------------------------------------------------- worker: the two sides
-def work(side: str, model_name: str, seed: int, steps: int, eval_interval: int, settings: dict, folder: str) -> None:
-    """One side, until the driver wants no more. One step more than it may ask for, so that no step is the last."""
+def work(side: str, seed: int, steps: int, settings: dict, eval_interval: int, changes: dict, device: str, folder: str):
+    """One side, until the driver wants no more. One step more than it may ask for, so that no step is the last.
+    Where `eval_interval` is None nothing is evaluated."""
     sys.path.insert(0, str(ROOT / "experiment_base"))
     import train
 
-    clock = Clock()
+    clock = Clock(device)
+    if eval_interval is None:
+        train.evaluate = lambda *_: {"eval_accuracy": 0.0, "eval_accuracy_lenient": 0.0, "eval_count": 0}
     train.evaluate = clock.evaluating(train.evaluate)
-    config = train.Config(model_name=model_name, seed=seed, max_steps=steps + 1, epochs=steps + 1)
+    config = train.Config(seed=seed, max_steps=steps + 1, epochs=steps + 1, **changes)
     config.log_dir, config.checkpoint_path, config.checkpoint_interval = f"{folder}/runs", f"{folder}/output", 10**9
     config.eval_interval = eval_interval or 10**9
     if side == "ours":
         run_ours(train, replace(config, **settings), clock)
     else:
-        run_trl(train, train.resolve(config)[0], clock, settings, folder)
+        run_trl(train, train.resolve(config)[0], clock, settings, device, folder)
 
 
 def run_ours(train, config, clock: Clock) -> None:
@@ -195,7 +209,7 @@ def run_ours(train, config, clock: Clock) -> None:
     train.main(config)
 
 
-def trl_arguments(config, settings: dict, folder: str) -> dict:
+def trl_arguments(config, settings: dict, device: str, folder: str) -> dict:
     """GRPOConfig's arguments for the work that `config` describes."""
     rows, micro_batch = config.rollouts_per_step * config.group_size, settings["per_device_train_batch_size"]
     updates = rows // config.train_batch_size * config.epochs_per_step
@@ -211,16 +225,17 @@ def trl_arguments(config, settings: dict, folder: str) -> dict:
     arguments |= {"learning_rate": config.lr, "lr_scheduler_type": "constant", "max_grad_norm": config.max_norm}
     arguments |= {"optim": "adamw_torch_fused", "weight_decay": 0.0}
     # What makes it fast.
-    arguments |= {"use_cpu": True, "bf16": settings["bf16"], "gradient_checkpointing": False}
+    arguments |= {"use_cpu": device == "cpu", "bf16": settings["bf16"], "gradient_checkpointing": False}
     arguments |= {"use_transformers_continuous_batching": settings["use_transformers_continuous_batching"]}
-    attention = settings["attn_implementation"]
-    arguments |= {"model_init_kwargs": {"dtype": "float32", "attn_implementation": attention}}
+    dtype = "bfloat16" if config.lora_rank and settings["bf16"] else "float32"  # frozen weights in half precision
+    arguments |= {"model_init_kwargs": {"dtype": dtype, "attn_implementation": settings["attn_implementation"]}}
     arguments |= {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     return arguments | {"output_dir": f"{folder}/trl"}
 
 
-def run_trl(train, config, clock: Clock, settings: dict, folder: str) -> None:
+def run_trl(train, config, clock: Clock, settings: dict, device: str, folder: str) -> None:
     from datasets import Dataset
+    from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
@@ -232,9 +247,11 @@ def run_trl(train, config, clock: Clock, settings: dict, folder: str) -> None:
     texts = [tokenizer.decode(prompt.ids) for prompt in prompts]
     if tokenizer(text=texts)["input_ids"] != [prompt.ids for prompt in prompts]:
         sys.exit("error: TRL would tokenise the prompts to other ids than ours")
-    arguments = trl_arguments(config, settings, folder)
+    arguments = trl_arguments(config, settings, device, folder)
     updates = arguments["max_steps"] // config.max_steps
-    evaluated, _ = train.load_model(replace(config, kl_weight=0.0), train.torch.device("cpu"))
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+    if device == "cpu":  # a copy to be evaluated, outside of accelerate's autocast
+        evaluated, _ = train.load_model(replace(config, kl_weight=0.0), train.torch.device("cpu"))
 
     class Turns(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **_):
@@ -242,8 +259,8 @@ def run_trl(train, config, clock: Clock, settings: dict, folder: str) -> None:
             if update:
                 return
             clock.reward = (trainer._metrics["train"]["reward"] or [None])[-1]
-            if step % config.eval_interval == 0:
-                evaluated.load_state_dict(model.state_dict())  # a copy outside of accelerate's autocast
+            if device == "cpu" and step % config.eval_interval == 0:
+                evaluated.load_state_dict(model.state_dict())
                 train.evaluate(evaluated, tokenizer, eval_prompts, config)
             clock.next_step()
 
@@ -259,6 +276,7 @@ def run_trl(train, config, clock: Clock, settings: dict, folder: str) -> None:
         args=GRPOConfig(**arguments),
         train_dataset=Dataset.from_dict({"prompt": texts, "answer": [prompt.answer for prompt in prompts]}),
         processing_class=tokenizer,
+        peft_config=lora if config.lora_rank else None,
         callbacks=[Turns()],
     )
     trainer._generate = clock.sampling_in(trainer._generate, lambda result: sum(map(len, result[1])))
@@ -270,10 +288,12 @@ def run_trl(train, config, clock: Clock, settings: dict, folder: str) -> None:
 class Worker:
     """A side in a process of its own."""
 
-    def __init__(self, side: str, options: Options, seed: int, steps: int, settings: dict, eval_interval=0) -> None:
+    def __init__(self, side: str, seed: int, steps: int, settings: dict, changes: dict, eval_interval=0, device="cpu"):
+        """`changes` are those of our Config's defaults that both sides follow, `settings` the side's own."""
         self.folder = tempfile.TemporaryDirectory()
-        job = (side, options.model_name, seed, steps, eval_interval, settings, self.folder.name)
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+        job = (side, seed, steps, settings, eval_interval, changes, device, self.folder.name)
+        environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+        environment |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(job)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.side = side  # in a session of its own: Ctrl-C reaches the driver alone, which ends it
@@ -303,9 +323,10 @@ class Worker:
 
 def in_turns(options: Options, settings: dict, seed: int, steps: int, eval_interval: int = 0):
     """(what each side says when it is loaded, a pair of reports for every step), the steps taken in turns."""
+    model = {"model_name": options.model_name}
     with (
-        Worker("ours", options, seed, steps, settings["ours"], eval_interval) as ours,
-        Worker("trl", options, seed, steps, settings["trl"], eval_interval) as trl,
+        Worker("ours", seed, steps, settings["ours"], model, eval_interval) as ours,
+        Worker("trl", seed, steps, settings["trl"], model, eval_interval) as trl,
     ):
         workers = (ours, trl)
         loaded = {worker.side: worker.answer() for worker in workers}
@@ -337,7 +358,8 @@ def search(options: Options, side: str) -> tuple[dict, list[dict]]:
 
 
 def try_settings(options: Options, side: str, settings: dict, best_seconds: float) -> dict:
-    with Worker(side, options, options.seeds[0], options.search_steps + 1, settings) as worker:
+    model = {"model_name": options.model_name}
+    with Worker(side, options.seeds[0], options.search_steps + 1, settings, model) as worker:
         try:
             worker.answer()
             steps = [worker.step()]  # to warm up

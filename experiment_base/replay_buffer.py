@@ -34,7 +34,7 @@ class Row:
     experience: Experience
     weights: list[Tensor]  # G x (tokens,), of all completions
     ids: list[int]  # (tokens,), the prompt's at first
-    paths: dict[int, list[int]] = field(default_factory=dict)  # completion -> indices its tokens are predicted from
+    paths: dict[int, Tensor] = field(default_factory=dict)  # completion -> (tokens,), the index each is predicted from
     children: dict[tuple[int, int], int] = field(default_factory=dict)  # (index, next token) -> index of the next
 
     def add(self, number: int) -> None:
@@ -44,7 +44,7 @@ class Row:
             path.append(self.children.setdefault((path[-1], token), len(self.ids)))
             if path[-1] == len(self.ids):  # it is new
                 self.ids.append(token)
-        self.paths[number] = path
+        self.paths[number] = torch.tensor(path)
 
 
 @dataclass
@@ -93,7 +93,7 @@ def join_experience_batch(rows: list[Row], packed: bool) -> MicroBatch:
             position_ids[i, path] = prompt_length - 1 + torch.arange(len(path))
             members[i, path, number] = 1
             sampled = experience.masks[number].bool()
-            tokens["predicted_from"].append(i * width + torch.tensor(path)[sampled])
+            tokens["predicted_from"].append(i * width + path[sampled])
             tokens["targets"].append(experience.completion_ids[number][sampled])
             tokens["sampled_log_probs"].append(experience.sampled_log_probs[number][sampled])
             tokens["advantages"].append(experience.advantages[number].expand(len(path))[sampled])
