@@ -435,19 +435,21 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4))
     labels = ("experiment_base/train.py", f"GRPOTrainer of trl {version('trl')}")
     for side, label, color in zip(SIDES, labels, ("tab:blue", "tab:orange")):
-        lines = [(curve["steps"], curve[side]["seconds"], curve[side]["accuracy"]) for curve in results["curves"]]
-        means = [[mean(values) for values in zip(*columns)] for columns in zip(*lines)]
-        for steps, seconds, accuracy in lines:
-            panels[0].plot(steps, accuracy, color=color, linewidth=0.8, alpha=0.5)
-            panels[1].plot(seconds, accuracy, color=color, linewidth=0.8, alpha=0.5)
-        panels[0].plot(means[0], means[2], color=color, linewidth=2.5, label=label)
-        panels[1].plot(means[1], means[2], color=color, linewidth=2.5)
+        curves = [curve[side] | {"steps": curve["steps"]} for curve in results["curves"]]
+        for curve in curves:
+            curve["sampled"] = list(range(1, len(curve["reward"]) + 1))
+        for panel, x, y in zip(panels, ("steps", "seconds", "sampled"), ("accuracy", "accuracy", "reward")):
+            for curve in curves:
+                panel.plot(curve[x], curve[y], color=color, linewidth=0.8, alpha=0.5)
+            means = [[mean(values) for values in zip(*(curve[name] for curve in curves))] for name in (x, y)]
+            panel.plot(*means, color=color, linewidth=2.5, label=label)
     panels[0].set(xlabel="step", ylabel="held-out accuracy (greedy)", title="at equal steps")
     title = f"against wall time (TRL's step takes {results['step_time_ratio']:.1f} times as long)"
-    panels[1].set(xlabel="seconds, without the evaluations", title=title)
+    panels[1].set(xlabel="seconds, without the evaluations", ylabel="held-out accuracy (greedy)", title=title)
+    panels[2].set(xlabel="step", ylabel="reward of the sampled completions", title="what is trained on, at equal steps")
     panels[0].legend(title=f"mean of {len(results['curves'])} seeds; thin: each seed")
     for panel in panels:
         panel.grid(alpha=0.3)

@@ -69,6 +69,9 @@ def load_pretrained(name: str, config, device: torch.device, trainable: bool):
 
 
 def load_tokenizer(name: str):
+    """The model's tokenizer; an adapter that was saved without one has that of its base model."""
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file():
+        name = PeftConfig.from_pretrained(name).base_model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, SafetensorError) as error:

@@ -3,7 +3,7 @@
 Trains a causal LM to answer in <think> ... </think> <answer> ... </answer>. For every prompt a group of completions is
 sampled, and a completion's advantage is how much better than its group it was rewarded: that replaces PPO's critic.
 
-    python experiment_base/train.py      # the embedded policy, on a laptop's CPU, in about a minute; see --help
+    python experiment_base/train.py      # the embedded policy, on a laptop's CPU, in less than a minute; see --help
 
 Unlike the paper: one reference for the whole run, rewards from a rule, advantage 0 where a group's rewards are equal.
 """

@@ -152,6 +152,12 @@ def test_reference_stays_the_adapter_that_training_began_from(tmp_path, adapter,
     assert not [name for name, p in loaded.policy.named_parameters() if p.requires_grad and ".reference." in name]
 
 
+def test_an_adapter_without_a_tokenizer_takes_its_base_models(tmp_path, adapter, base):
+    bare = shutil.copytree(adapter, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "*.jinja"))
+    assert not list(bare.glob("token*"))
+    run_main(tmp_path, str(bare), max_steps=0)
+
+
 def test_reference_of_full_training_stays(tmp_path, model, base, loaded):
     run_main(tmp_path, model, lr=1e-2)
     now = loaded.reference.state_dict()
