@@ -78,6 +78,7 @@ def save_random_model(shape: str, folder: str) -> None:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -267,7 +268,10 @@ def main(options: Options) -> None:
     about["versions"] = vs_trl.describe_machine()["versions"]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(vs_trl.to_json(about | results, indent=1) + "\n")
-    print(vs_trl.to_json(results, indent=1))
+    shown = {name: value for name, value in results.items() if name not in options.modes}
+    shown |= {f"{mode}, {side}": results[mode][side] for mode in options.modes for side in SIDES}
+    print("\n".join(f"{name}: {vs_trl.to_json(value)}" for name, value in shown.items()))
+    print("the bars are those of the 1.5b shape on a CUDA device:")
     for mode in options.modes:
         found = results[mode] | {"max_log_prob_gap_float32": results[f"max_log_prob_gap_float32_{mode}"]}
         for name, (least, most) in BARS.items():

@@ -75,6 +75,15 @@ def test_first_step(kind, precision, tmp_path, model, adapter, base):
     assert abs(first["loss"]) < 1e-6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_that_are_sampled_are_the_weights_that_are_trained(kind, tmp_path, model, adapter, base, loaded):
+    """Bug: a sampler with a copy of the weights that is not renewed. A step's log-probs are recomputed by the policy
+    that the steps before have moved."""
+    run_main(tmp_path, **settings_of(kind, model, adapter), max_steps=3)
+    gaps = [line["max_log_prob_gap"] for line in metrics(tmp_path)[1:]]
+    assert len(gaps) == 3 and max(gaps) < 1e-4 and moved(loaded)
+
+
 @pytest.mark.parametrize("critic_type", ["grpo", "drgrpo", "dapo"])
 def test_first_loss_is_minus_the_weighted_mean_advantage(critic_type, tmp_path, model, base, monkeypatch):
     """0 for GRPO, whose completions weigh the same; not for the other two, where long ones weigh more."""
