@@ -146,7 +146,6 @@ def make_generator(device, *key) -> torch.Generator:
 
 
 # ---------------------------------------------------------------- reward
-
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
 FORM = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
 
@@ -425,6 +424,7 @@ def main(config: Config) -> None:
             "elapsed_seconds": elapsed,
             **rollout_metrics(experiences),
             **loss_metrics(sums, grad_norms),
+            "grad_clip_fraction": sum(norm > config.max_norm for norm in grad_norms) / max(len(grad_norms), 1),
             "lr": config.lr,
             "sample_tokens_per_second": num_tokens / (sampling_end - step_start),
             "train_tokens_per_second": num_tokens / (time.time() - sampling_end),

@@ -1,0 +1,60 @@
+"""What sets the variants apart from the base: their lines, their advantages, their weights."""
+
+import ast
+import difflib
+
+import pytest
+import torch
+from helpers import ROOT, load_experiment
+
+drgrpo = load_experiment("experiment_drgrpo")
+
+
+def lines_without_docstring(experiment: str) -> list[str]:
+    text = (ROOT / experiment / "train.py").read_text()
+    return text.splitlines()[ast.parse(text).body[0].end_lineno :]
+
+
+@pytest.mark.parametrize("experiment, most", [("experiment_drgrpo", 25)])
+def test_the_diff_to_the_base_is_the_paper(experiment, most):
+    """Added and removed lines of train.py, header docstring apart."""
+    diff = difflib.unified_diff(*map(lines_without_docstring, ("experiment_base", experiment)), n=0, lineterm="")
+    changed = [line for line in diff if line[0] in "+-" and not line.startswith(("+++", "---"))]
+    assert 0 < len(changed) <= most
+
+
+def test_drgrpo_advantages_by_hand():
+    """One success in eight: 1 - 1/8 and -1/8, where GRPO has 2.474 and -0.353."""
+    rewards = torch.tensor([1.0] + [0.0] * 7)
+    assert drgrpo.train.group_advantages(rewards).tolist() == [0.875] + [-0.125] * 7
+    grpo = load_experiment().train.group_advantages(rewards)
+    assert grpo.tolist() == pytest.approx([2.4742] + [-0.3535] * 7, abs=1e-4)
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.3, 1.1, 1e-3, -0.7])
+def test_drgrpo_equal_rewards_have_no_advantage(reward):
+    """Pitfall 10: by rounding alone the mean of equal numbers may differ from them."""
+    for size in range(2, 17):
+        assert drgrpo.train.group_advantages(torch.full((size,), reward)).tolist() == [0.0] * size
+
+
+def test_drgrpo_is_the_default_of_its_experiment():
+    assert drgrpo.train.Config().critic_type == "drgrpo" and load_experiment().train.Config().critic_type == "grpo"
+
+
+def first_weights(lengths: list[int], critic: str) -> list[float]:
+    masks = [torch.ones(length) for length in lengths]
+    return [row[0].item() for row in drgrpo.loss.token_weights(masks, critic, generate_max_length=64)]
+
+
+def test_the_weight_of_a_token_in_completions_of_10_and_40():
+    """GRPO's is 4 times larger in the shorter one, Dr. GRPO's and DAPO's the same in both."""
+    assert first_weights([10, 40], "grpo") == pytest.approx([1 / 20, 1 / 80])
+    assert first_weights([10, 40], "drgrpo") == pytest.approx([1 / 128, 1 / 128])
+    assert first_weights([10, 40], "dapo") == pytest.approx([1 / 50, 1 / 50])
+
+
+def test_only_dapos_weight_changes_when_another_completion_grows():
+    for critic, changes in (("grpo", False), ("drgrpo", False), ("dapo", True)):
+        before, after = (first_weights([10, other], critic)[0] for other in (40, 60))
+        assert (before != after) == changes
