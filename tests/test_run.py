@@ -382,7 +382,8 @@ def test_eval_data_path_comes_first(tmp_path, model):
 # ---------------------------------------------------------------- logs
 FIELDS = """step elapsed_seconds reward reward_accuracy reward_format reward_std zero_std_fraction kl loss grad_norm
 grad_clip_fraction clip_fraction ess entropy completion_length completion_length_correct completion_length_wrong
-truncated_fraction lr sample_tokens_per_second train_tokens_per_second peak_memory max_log_prob_gap skipped_updates""".split()
+truncated_fraction lr sample_tokens_per_second train_tokens_per_second peak_memory max_log_prob_gap
+skipped_updates""".split()
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -403,7 +404,8 @@ def test_metrics_of_a_run(experiment, tmp_path, model, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert output.count("advantage ") == 1 and "<|im_start|>assistant" in output  # one whole trajectory, at step 2
     gain = f"eval_accuracy {lines[0]['eval_accuracy']:.4f} -> {lines[3]['eval_accuracy']:.4f}"
-    assert gain in output and str(tmp_path / "runs" / "run") in output and str(checkpoints(tmp_path, experiment=experiment)[3]) in output
+    checkpoint = checkpoints(tmp_path, experiment=experiment)[3]
+    assert gain in output and str(tmp_path / "runs" / "run") in output and str(checkpoint) in output
 
 
 def test_run_without_a_name_is_called_after_experiment_and_time(tmp_path, model):
