@@ -197,11 +197,11 @@ def sample(policy, tokenizer, prompts: list[list[int]], copies: int, config: Con
     input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)  # padded on the left
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)  # (prompts,)
     mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # from lengths, never from ids
-    prefix = torch.arange(len(prompts), device=device).repeat_interleave(copies)  # (completions,), the prompt at first
+    prefix = torch.arange(len(prompts), device=device).repeat_interleave(copies)  # (completions,) its row in the cache
     ids = torch.zeros(len(prefix), config.max_new_tokens, dtype=torch.long, device=device)  # (completions, new tokens)
     log_probs = torch.zeros(ids.shape, device=device)  # (completions, new tokens)
     counts = torch.zeros_like(prefix)  # (completions,) tokens so far
-    alive = torch.arange(len(prefix), device=device)  # the completions that still grow; prefix is theirs
+    alive = torch.arange(len(prefix), device=device)  # the completions that still grow; `prefix` is kept for them
     with autocast(config, device, sampling=True):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (prompts, width)
         output = policy(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
@@ -218,8 +218,8 @@ def sample(policy, tokenizer, prompts: list[list[int]], copies: int, config: Con
             alive, tokens, prefix = alive[going], tokens[going], prefix[going]
             if len(alive) == 0 or t + 1 == config.max_new_tokens:
                 break
-            longer, prefix = torch.unique(prefix * vocabulary + tokens, return_inverse=True)  # (prefixes,), (alive,)
-            parents, tokens = longer // vocabulary, longer % vocabulary
+            longer, prefix = torch.unique(prefix * vocabulary + tokens, return_inverse=True)  # (rows,), (alive,)
+            parents, tokens = longer // vocabulary, longer % vocabulary  # (rows,) the old row, and what it goes on with
             if not torch.equal(parents, torch.arange(len(mask), device=device)):
                 mask, lengths = mask[parents], lengths[parents]
                 cache.reorder_cache(parents)
