@@ -106,7 +106,8 @@ def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]
     rows, eval_rows = read_train_and_eval_rows(config.data_path, config.eval_data_path)
     rows = [row for row in rows if is_selected(row[1], config)][: config.max_prompts]
     if len(rows) < config.rollouts_per_step or not eval_rows:
-        fail(f"{config.data_path}: {len(rows)} prompts selected, --rollouts-per-step is {config.rollouts_per_step}")
+        counts = f"{len(rows)} prompts selected, {len(eval_rows)} held out (--eval-data-path)"
+        fail(f"{config.data_path}: {counts}; --rollouts-per-step is {config.rollouts_per_step}")
     return tuple([make_prompt(*row, config, tokenizer) for row in part] for part in (rows, eval_rows[:512]))
 
 
@@ -234,8 +235,7 @@ def rollout(policy, tokenizer, prompts: list[Prompt], group_size: int, config: C
     policy.eval()
     experiences, ends = [], end_token_ids(policy, tokenizer)
     prompts_at_once = max(1, config.sample_rows // group_size)
-    for i in range(0, len(prompts), prompts_at_once):
-        chunk = prompts[i : i + prompts_at_once]
+    for chunk in (prompts[i : i + prompts_at_once] for i in range(0, len(prompts), prompts_at_once)):
         ids, log_probs = sample(policy, tokenizer, [p.ids for p in chunk], group_size, config, generator)
         for j, prompt in enumerate(chunk):
             group = slice(j * group_size, (j + 1) * group_size)
