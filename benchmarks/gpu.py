@@ -32,7 +32,7 @@ import torch
 import transformers
 import tyro
 import vs_trl
-from vs_trl import ROOT, SIDES
+from vs_trl import ROOT, SIDES, now
 
 VOCABULARY = 151_936
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary: Qwen2.5's, embeddings tied
@@ -84,17 +84,12 @@ def save_random_model(shape: str, folder: str) -> None:
 
 
 # ---------------------------------------------------------------- against TRL
-def run_side(side: str, folder: str, options: Options, changes: dict, settings: dict, steps: int) -> list[dict]:
-    """The reports of `steps` steps after one to warm up."""
+def run_side(side: str, folder: str, options: Options, changes: dict, settings: dict, steps: int) -> dict:
+    """Medians over `steps` steps after one to warm up."""
     changes = changes | {"model_name": folder}
     with vs_trl.Worker(side, 42, steps + 1, settings, changes, eval_interval=None, device=options.device) as worker:
         worker.answer()
-        return [worker.step() for _ in range(steps + 1)][1:]
-
-
-def figures(reports: list[dict]) -> dict:
-    names = ("seconds", "sampling_seconds", "training_seconds", "tokens", "whole_peak_bytes")
-    return {name: median(report[name] for report in reports) for name in names}
+        return vs_trl.figures_of_side([worker.step() for _ in range(steps + 1)][1:])
 
 
 def fastest_trl(folder: str, options: Options, changes: dict, deadline: float) -> tuple[dict, list[dict]]:
@@ -106,14 +101,11 @@ def fastest_trl(folder: str, options: Options, changes: dict, deadline: float) -
         settings = {"per_device_train_batch_size": micro_batch, "use_transformers_continuous_batching": continuous}
         settings |= {"bf16": options.device == "cuda", "attn_implementation": "sdpa"}
         try:
-            trials.append({"settings": settings, **figures(run_side("trl", folder, options, changes, settings, 1))})
+            trials.append({"settings": settings, **run_side("trl", folder, options, changes, settings, 1)})
         except RuntimeError as error:
             trials.append({"settings": settings, "error": str(error)})
         print(f"search: {trials[-1]}", flush=True)
-    ran = [trial for trial in trials if "seconds" in trial]
-    if not ran:
-        raise RuntimeError("TRL runs with none of the settings; its messages are above")
-    return min(ran, key=lambda trial: trial["seconds"])["settings"], trials
+    return vs_trl.fastest(trials)["settings"], trials
 
 
 def decode_bandwidth(options: Options, ours: dict, copy_bandwidth: float, rows: int) -> float:
@@ -137,19 +129,13 @@ def measure_copy_bandwidth(device: str) -> float:
     return 2 * source.numel() / min(times)
 
 
-def now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def compare(mode: str, folder: str, options: Options, copy_bandwidth: float, deadline: float) -> dict:
     length = options.max_new_tokens + 128
     changes = {"max_new_tokens": options.max_new_tokens, "max_length": length, **MODES[mode]}
     ours = {"micro_batch_tokens": max(length, options.micro_batch_tokens)}
     settings, trials = fastest_trl(folder, options, changes, deadline)
     ours, trl = (
-        figures(run_side(side, folder, options, changes, side_settings, options.steps))
+        run_side(side, folder, options, changes, side_settings, options.steps)
         for side, side_settings in zip(SIDES, (ours, settings))
     )
     return {

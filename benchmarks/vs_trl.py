@@ -71,6 +71,15 @@ class Options:
 
 
 # ---------------------------------------------------------------- worker: clock and memory
+def now(device: str) -> float:
+    """Seconds, when all work that was given to the device is done."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def memory_in_use() -> int:
     """Bytes that this process holds: resident without mapped files."""
     _, resident, mapped, *_ = Path("/proc/self/statm").read_text().split()
@@ -87,21 +96,15 @@ class Clock:
     """Waits for the driver between steps and measures each. Standard output carries one line of JSON a step."""
 
     def __init__(self, device: str) -> None:
-        self.cuda = __import__("torch").cuda if device == "cuda" else None
+        import torch
+
+        self.device, self.cuda = device, torch.cuda if device == "cuda" else None
         self.pipe = os.fdopen(os.dup(1), "w")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what else is printed
         self.info, self.level, self.reward, self.start = {}, 0, None, None
         self.running = threading.Event()  # a step is under way, and no evaluation within it
         self.reset()
         threading.Thread(target=self.watch_memory, daemon=True).start()
-
-    def now(self) -> float:
-        if self.cuda:
-            self.cuda.synchronize()
-        return time.perf_counter()
-
-    def memory(self) -> int:
-        return self.cuda.memory_allocated() if self.cuda else memory_in_use()
 
     def reset(self) -> None:
         if self.cuda:
@@ -110,7 +113,7 @@ class Clock:
 
     def watch_memory(self) -> None:
         while self.running.wait():
-            self.peak = max(self.peak, self.cuda.max_memory_allocated() if self.cuda else memory_in_use())
+            self.peak = max(self.peak, memory_in_use())
             time.sleep(0.005)
 
     def next_step(self) -> None:
@@ -119,10 +122,12 @@ class Clock:
         report = {"accuracy": self.accuracy}
         if self.start is None:
             give_back_memory()
-            self.level = self.memory()
+            self.level = self.cuda.memory_allocated() if self.cuda else memory_in_use()
             report |= {"loaded_bytes": self.level, **self.info}
         else:
-            seconds = self.now() - self.start - self.excluded
+            seconds = now(self.device) - self.start - self.excluded
+            if self.cuda:
+                self.peak = self.cuda.max_memory_allocated()  # it counts itself, and needs no watching
             report |= {"seconds": seconds, "sampling_seconds": self.sampling}
             report |= {"training_seconds": seconds - self.sampling, "tokens": self.tokens, "reward": self.reward}
             report |= {"peak_bytes": self.peak - self.level, "whole_peak_bytes": self.peak}
@@ -131,7 +136,7 @@ class Clock:
             os._exit(0)  # the driver has all it wants, or is gone
         self.reset()
         self.running.set()
-        self.start = self.now()
+        self.start = now(self.device)
 
     def evaluating(self, evaluate):
         """`evaluate`, with neither its time nor its memory counted."""
@@ -151,10 +156,10 @@ class Clock:
         """`generate`, with its time counted as sampling."""
 
         def wrapped(*args, **kwargs):
-            begin = self.now()
+            begin = now(self.device)
             result = generate(*args, **kwargs)
             if self.running.is_set():
-                self.sampling += self.now() - begin
+                self.sampling += now(self.device) - begin
                 self.tokens += count_tokens(result)
             return result
 
@@ -178,7 +183,7 @@ def work(side: str, seed: int, steps: int, settings: dict, eval_interval: int, c
     if side == "ours":
         run_ours(train, replace(config, **settings), clock)
     else:
-        run_trl(train, train.resolve(config)[0], clock, settings, device, folder)
+        run_trl(train, train.resolve(config)[0], clock, settings, eval_interval is not None, device, folder)
 
 
 def run_ours(train, config, clock: Clock) -> None:
@@ -233,7 +238,7 @@ def trl_arguments(config, settings: dict, device: str, folder: str) -> dict:
     return arguments | {"output_dir": f"{folder}/trl"}
 
 
-def run_trl(train, config, clock: Clock, settings: dict, device: str, folder: str) -> None:
+def run_trl(train, config, clock: Clock, settings: dict, evaluates: bool, device: str, folder: str) -> None:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -250,8 +255,8 @@ def run_trl(train, config, clock: Clock, settings: dict, device: str, folder: st
     arguments = trl_arguments(config, settings, device, folder)
     updates = arguments["max_steps"] // config.max_steps
     lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
-    if device == "cpu":  # a copy to be evaluated, outside of accelerate's autocast
-        evaluated, _ = train.load_model(replace(config, kl_weight=0.0), train.torch.device("cpu"))
+    if evaluates:  # a copy, outside of accelerate's autocast
+        evaluated, _ = train.load_model(replace(config, kl_weight=0.0), train.torch.device(device))
 
     class Turns(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **_):
@@ -259,7 +264,7 @@ def run_trl(train, config, clock: Clock, settings: dict, device: str, folder: st
             if update:
                 return
             clock.reward = (trainer._metrics["train"]["reward"] or [None])[-1]
-            if device == "cpu" and step % config.eval_interval == 0:
+            if evaluates and step % config.eval_interval == 0:
                 evaluated.load_state_dict(model.state_dict())
                 train.evaluate(evaluated, tokenizer, eval_prompts, config)
             clock.next_step()
@@ -350,11 +355,15 @@ def search(options: Options, side: str) -> tuple[dict, list[dict]]:
             settings = best | {name: value}
             trials.append({"settings": settings, **try_settings(options, side, settings, seconds)})
             print(f"search, {side}: {trials[-1]}", flush=True)
-        if not any("seconds" in trial for trial in trials):
-            raise RuntimeError(f"{side} runs with none of its settings")
-        fastest = min((trial for trial in trials if "seconds" in trial), key=lambda trial: trial["seconds"])
-        best, seconds = fastest["settings"], fastest["seconds"]
+        best, seconds = (fastest(trials)[name] for name in ("settings", "seconds"))
     return best, trials
+
+
+def fastest(trials: list[dict]) -> dict:
+    ran = [trial for trial in trials if "seconds" in trial]
+    if not ran:
+        raise RuntimeError(f"no setting runs; the first one's error: {trials[0]['error']}")
+    return min(ran, key=lambda trial: trial["seconds"])
 
 
 def try_settings(options: Options, side: str, settings: dict, best_seconds: float) -> dict:
@@ -372,7 +381,7 @@ def try_settings(options: Options, side: str, settings: dict, best_seconds: floa
 
 def figures_of_side(steps: list[dict]) -> dict:
     """Medians over steps; tokens are the sampled ones."""
-    figures = ("seconds", "sampling_seconds", "training_seconds", "tokens", "peak_bytes")
+    figures = ("seconds", "sampling_seconds", "training_seconds", "tokens", "peak_bytes", "whole_peak_bytes")
     per_second = {"tokens_per_second": "seconds", "sampling_tokens_per_second": "sampling_seconds"}
     return {name: median(step[name] for step in steps) for name in figures} | {
         name: median(step["tokens"] / step[seconds] for step in steps) for name, seconds in per_second.items()

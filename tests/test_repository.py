@@ -8,12 +8,14 @@ from helpers import ROOT
 
 EXPERIMENTS = sorted(path.name for path in ROOT.glob("experiment_*") if path.is_dir())
 LENGTHS = {"train.py": 450, "loss.py": 100, "replay_buffer.py": 150, "run.py": 250}
-SOURCES = sorted(path for folder in ("experiment_*", "data", "benchmarks") for path in ROOT.glob(f"{folder}/*.py"))
+PATTERNS = ("experiment_*/*.py", "data/*.py", "benchmarks/*.py", "plot.py")
+SOURCES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("name", LENGTHS)
-def test_files_stay_as_long_as_their_lesson(name):
-    assert len((ROOT / "experiment_base" / name).read_text().splitlines()) <= LENGTHS[name]
+def test_files_stay_as_long_as_their_lesson(name, experiment):
+    assert len((ROOT / experiment / name).read_text().splitlines()) <= LENGTHS[name]
 
 
 def test_functions_are_short():
@@ -54,7 +56,7 @@ def test_weights_are_small_safetensors():
 
 def test_readmes_name_functions_and_files_that_exist():
     code = "\n".join(path.read_text() for path in SOURCES)
-    for readme in (ROOT / "README.md", ROOT / "experiment_base" / "README.md"):
+    for readme in (ROOT / "README.md", *(ROOT / experiment / "README.md" for experiment in EXPERIMENTS)):
         text = readme.read_text()
         for path in re.findall(r"`((?:data|benchmarks|results|tests|experiment_\w+)/[\w./]*)`", text):
             assert (ROOT / path).exists(), f"{readme}: {path}"

@@ -67,13 +67,8 @@ def tiny_settings(folder: Path, model: str, **overrides) -> dict:
     return {**TINY, **places, **overrides}
 
 
-def modules(experiment: str = "experiment_base"):
-    """The modules of an experiment."""
-    return load_experiment(experiment)
-
-
 def run_main(folder: Path, model: str, experiment: str = "experiment_base", **overrides) -> None:
-    train = modules(experiment).train
+    train = load_experiment(experiment).train
     train.main(train.Config(**tiny_settings(folder, model, **overrides)))
 
 
@@ -105,7 +100,7 @@ def fingerprint(completion: str, answer: str) -> float:
 def make_adapter(folder: Path, model: str) -> str:
     """The checkpoint of a LoRA run: an adapter directory whose B matrices are not zero."""
     with tidy() as patch:
-        patch.setattr(modules().train, "accuracy_reward", fingerprint)
+        patch.setattr(load_experiment().train, "accuracy_reward", fingerprint)
         run_main(folder, model, lora_rank=4, lr=1e-2, max_steps=1)
     return str(checkpoints(folder)[1])
 
@@ -129,7 +124,7 @@ def tidy():
 @pytest.fixture
 def base(monkeypatch):
     """The base experiment, with every completion rewarded differently."""
-    experiment = modules()
+    experiment = load_experiment()
     monkeypatch.setattr(experiment.train, "accuracy_reward", fingerprint)
     return experiment
 
@@ -149,7 +144,7 @@ def refusal(folder: Path, model: str, monkeypatch, **overrides) -> str:
     def load_model(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(modules().train, "load_model", load_model)
+    monkeypatch.setattr(load_experiment().train, "load_model", load_model)
     settings = tiny_settings(folder, model, **overrides)
     before = everything_in(folder)
     with pytest.raises(SystemExit) as exit:
@@ -254,9 +249,9 @@ def test_unknown_flag_is_named(monkeypatch, capsys):
     """Bug: a misspelt flag is ignored and the run trains with the default."""
     import tyro
 
-    monkeypatch.setitem(sys.modules, "train", modules().train)  # tyro reads its source
+    monkeypatch.setitem(sys.modules, "train", load_experiment().train)  # tyro reads its source
     with pytest.raises(SystemExit):
-        tyro.cli(modules().train.Config, args=["--learning-rte", "1"])
+        tyro.cli(load_experiment().train.Config, args=["--learning-rte", "1"])
     assert "--learning-rte" in "".join(capsys.readouterr())
 
 
@@ -305,7 +300,7 @@ def questions(prompts, tokenizer) -> list[str]:
 
 def read(folder: Path, model: str, data_path, **overrides):
     """(training questions, held-out questions, answers of both)."""
-    base, tokenizer = modules(), embedded_tokenizer()
+    base, tokenizer = load_experiment(), embedded_tokenizer()
     config = base.train.Config(**tiny_settings(folder, model, data_path=str(data_path), **overrides))
     prompts, held_out = base.train.read_prompts(config, tokenizer)
     return questions(prompts, tokenizer), questions(held_out, tokenizer), [p.answer for p in prompts + held_out]
@@ -333,7 +328,7 @@ def test_local_file_with_its_held_out_file(suffix, tmp_path, model):
     write_as(suffix, tmp_path / "sums_eval", rows[16:])
     train, held_out, answers = read(tmp_path, model, path, question_field="q", answer_field="a")
     assert train == [row["q"] for row in rows[:16]] and held_out == [row["q"] for row in rows[16:]]
-    assert answers[0] == "1,001" and modules().train.parse_number(answers[0]) == 1001
+    assert answers[0] == "1,001" and load_experiment().train.parse_number(answers[0]) == 1001
 
 
 @pytest.mark.parametrize("has_test_split", [True, False])
@@ -365,7 +360,7 @@ def test_rows_are_held_out_where_there_are_no_others(tmp_path, model):
 
 def test_at_most_512_rows_are_held_out(tmp_path):
     path = write_rows(tmp_path / "long.jsonl", 0, 6000)
-    rows, held_out = modules().run.read_train_and_eval_rows(str(path), None)
+    rows, held_out = load_experiment().run.read_train_and_eval_rows(str(path), None)
     assert (len(rows), len(held_out)) == (6000 - 512, 512)
     assert not {where for where, _ in rows} & {where for where, _ in held_out}
 
@@ -389,7 +384,8 @@ skipped_updates""".split()
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_metrics_of_a_run(experiment, tmp_path, model, monkeypatch, capsys):
     """A line a step with every field, and the evaluation before the first step, at the interval and after the last."""
-    monkeypatch.setattr(modules(experiment).train, "accuracy_reward", lambda *pair: float(fingerprint(*pair) > 0.5))
+    train = load_experiment(experiment).train
+    monkeypatch.setattr(train, "accuracy_reward", lambda *pair: float(fingerprint(*pair) > 0.5))
     run_main(tmp_path, model, experiment, max_steps=3, log_completions_interval=2)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -478,7 +474,7 @@ def full_disk(*_, **__):
 @pytest.mark.parametrize("what", ["torch.save", "save_pretrained", "os.replace"])
 def test_failed_save_costs_one_checkpoint(what, tmp_path, model, monkeypatch, capsys):
     """Bug: a full disk ends a run of days, or leaves half a checkpoint as the newest one."""
-    base, patch = modules(), pytest.MonkeyPatch()
+    base, patch = load_experiment(), pytest.MonkeyPatch()
     save = base.run.Run.save
 
     def fail_at_step_2(self, step, *args):
@@ -520,7 +516,7 @@ def test_really_full_disk(tmp_path, model, small_disk, capsys):
 
 def test_full_disk_under_the_logs(tmp_path, model, small_disk, capsys):
     """Bug: the TensorBoard writer's thread raises at the end, before the checkpoint's place is printed."""
-    base, log = modules(), modules().run.Run.log
+    base, log = load_experiment(), load_experiment().run.Run.log
 
     def fill_then_log(self, step, *args):
         if step == 1:
@@ -545,7 +541,7 @@ class Killed(Exception):
 
 def die_in_step(step: int, patch, experiment: str = "experiment_base") -> None:
     """End the run while step `step` is sampled."""
-    train = modules(experiment).train
+    train = load_experiment(experiment).train
     prompts_of_step = train.prompts_of_step
 
     def die(prompts, now, config):
@@ -616,7 +612,7 @@ def test_resumed_run_equals_the_uninterrupted_one(kind, tmp_path, model, adapter
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_resumes(experiment, tmp_path, model, monkeypatch):
     """As above, in full training, for the parts of a resume that are in each train.py."""
-    monkeypatch.setattr(modules(experiment).train, "accuracy_reward", fingerprint)
+    monkeypatch.setattr(load_experiment(experiment).train, "accuracy_reward", fingerprint)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -707,7 +703,7 @@ def test_tensorboard_is_cut_back_on_resume(tmp_path, model):
 
 # ---------------------------------------------------------------- Ctrl-C
 def interrupt_in_step(step: int, times: int, patch) -> None:
-    train = modules().train
+    train = load_experiment().train
     prompts_of_step = train.prompts_of_step
 
     def interrupt(prompts, now, config):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers import ARCHITECTURES, POLICY, ROOT, SIZES
+from helpers import ARCHITECTURES, POLICY, ROOT, SIZES, load_experiment
 from safetensors.torch import load_file
 from test_run import (
     KINDS,
@@ -19,7 +19,6 @@ from test_run import (
     flat,
     make_adapter,
     metrics,
-    modules,
     read_weights,
     run_main,
     save_model,
@@ -36,14 +35,14 @@ def adapter(tmp_path_factory, model):
 @pytest.fixture
 def base(monkeypatch):
     """The base experiment, with every completion rewarded differently."""
-    monkeypatch.setattr(modules().train, "accuracy_reward", fingerprint)
-    return modules()
+    monkeypatch.setattr(load_experiment().train, "accuracy_reward", fingerprint)
+    return load_experiment()
 
 
 @pytest.fixture
 def loaded(monkeypatch):
     """The policy and the reference of the run, and copies of their weights as they were loaded."""
-    found, load_model = SimpleNamespace(), modules().train.load_model
+    found, load_model = SimpleNamespace(), load_experiment().train.load_model
 
     def load_and_keep(*args):
         found.policy, found.reference = load_model(*args)
@@ -51,7 +50,7 @@ def loaded(monkeypatch):
         found.reference_before = found.reference and {n: v.clone() for n, v in found.reference.state_dict().items()}
         return found.policy, found.reference
 
-    monkeypatch.setattr(modules().train, "load_model", load_and_keep)
+    monkeypatch.setattr(load_experiment().train, "load_model", load_and_keep)
     return found
 
 
@@ -314,7 +313,7 @@ def test_float16_scale_survives_a_resume(tmp_path, model, base, monkeypatch):
 # ---------------------------------------------------------------- updates that are left out
 def spoil(patch, updates) -> None:
     """NaN in place of the log-probs of the training forwards with these numbers; one forward is one update here."""
-    train, count = modules().train, iter(range(1, 1000))
+    train, count = load_experiment().train, iter(range(1, 1000))
     sequences_log_probs = train.sequences_log_probs
 
     def maybe_nan(*args):
@@ -380,7 +379,7 @@ def test_embedded_policy_learns(tmp_path):
     """The reward goes up within eight steps of half the default size: the one test that sees the whole algorithm."""
     data = ROOT / "data" / "math_tasks_eval.jsonl"
     (tmp_path / "few.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[:8]))
-    config = modules().train.Config(
+    config = load_experiment().train.Config(
         model_name=str(POLICY),
         eval_data_path=str(tmp_path / "few.jsonl"),
         log_dir=str(tmp_path / "runs"),
@@ -390,6 +389,6 @@ def test_embedded_policy_learns(tmp_path):
         train_batch_size=32,
         max_steps=8,
     )
-    modules().train.main(config)
+    load_experiment().train.main(config)
     rewards = [line["reward"] for line in metrics(tmp_path)[1:]]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + 0.1, rewards

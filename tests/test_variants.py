@@ -15,12 +15,22 @@ def lines_without_docstring(experiment: str) -> list[str]:
     return text.splitlines()[ast.parse(text).body[0].end_lineno :]
 
 
+def changed_lines(experiment: str) -> list[str]:
+    """Removed and added lines of train.py against the base, header docstring apart."""
+    diff = difflib.unified_diff(*map(lines_without_docstring, ("experiment_base", experiment)), n=0, lineterm="")
+    return [line for line in diff if line[0] in "+-" and not line.startswith(("+++", "---"))]
+
+
 @pytest.mark.parametrize("experiment, most", [("experiment_drgrpo", 25)])
 def test_the_diff_to_the_base_is_the_paper(experiment, most):
-    """Added and removed lines of train.py, header docstring apart."""
-    diff = difflib.unified_diff(*map(lines_without_docstring, ("experiment_base", experiment)), n=0, lineterm="")
-    changed = [line for line in diff if line[0] in "+-" and not line.startswith(("+++", "---"))]
-    assert 0 < len(changed) <= most
+    assert 0 < len(changed_lines(experiment)) <= most
+
+
+@pytest.mark.parametrize("experiment", ["experiment_drgrpo"])
+def test_its_readme_opens_with_the_diff(experiment):
+    """Every changed line of train.py, header docstring apart, and no other."""
+    shown = (ROOT / experiment / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
+    assert sorted(filter(None, shown)) == sorted(changed_lines(experiment))
 
 
 def test_drgrpo_advantages_by_hand():
