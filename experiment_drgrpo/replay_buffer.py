@@ -131,10 +131,10 @@ class ReplayBuffer:
 
 
 def cut_into_rows(experience: Experience, weights: list[Tensor], most_tokens: int) -> list[Row]:
-    """As many completions to a row as fit even if they share only the prompt, at least one."""
+    """As many completions to a row as fit even if they share only the prompt, at least one. Masked ones need no row."""
     rows, prompt = [], experience.prompt_ids.tolist()
-    for number, ids in enumerate(experience.completion_ids):
-        if not rows or len(rows[-1].ids) + len(ids) - 1 > most_tokens:
+    for number in [number for number, mask in enumerate(experience.masks) if mask.any()]:
+        if not rows or len(rows[-1].ids) + len(experience.completion_ids[number]) - 1 > most_tokens:
             rows.append(Row(experience, weights, prompt.copy()))
         rows[-1].add(number)
     return rows

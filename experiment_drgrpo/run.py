@@ -26,7 +26,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 FIXED = ("model_name", "lora_rank", "load_in_4bit", "optimizer", "seed", "data_path", "eval_data_path", "max_prompts")
 FIXED += ("group_size", "rollouts_per_step", "train_batch_size", "epochs_per_step")
 POSITIVE = ("rollouts_per_step", "temperature", "max_new_tokens", "epochs_per_step")
-POSITIVE += ("eval_interval", "checkpoint_interval")
+POSITIVE += ("eval_interval", "checkpoint_interval", "max_sampling_rounds")
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of a full disk, as Python, torch and safetensors report it
 
 
@@ -51,7 +51,7 @@ def check_config(config) -> None:
     if config.sample_rows < config.group_size:
         fail(f"--sample-rows {config.sample_rows}: must hold one group, --group-size {config.group_size}")
     for name in POSITIVE:
-        if getattr(config, name) <= 0:
+        if getattr(config, name, 1) <= 0:
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
 
 

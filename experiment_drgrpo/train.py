@@ -419,15 +419,15 @@ def main(config: Config) -> None:
         replay_buffer.clear()
 
         # 5. Log, evaluate, save.
-        elapsed, num_tokens = time.time() - start, sum(mask.sum().item() for e in experiences for mask in e.masks)
+        elapsed, num_sampled = time.time() - start, sum(mask.sum().item() for e in experiences for mask in e.masks)
         metrics = {
             "elapsed_seconds": elapsed,
             **rollout_metrics(experiences),
             **loss_metrics(sums, grad_norms),
             "grad_clip_fraction": sum(norm > config.max_norm for norm in grad_norms) / max(len(grad_norms), 1),
             "lr": config.lr,
-            "sample_tokens_per_second": num_tokens / (sampling_end - step_start),
-            "train_tokens_per_second": num_tokens / (time.time() - sampling_end),
+            "sample_tokens_per_second": num_sampled / (sampling_end - step_start),
+            "train_tokens_per_second": sum(part["tokens"].item() for part in sums) / (time.time() - sampling_end),
             "peak_memory": peak_memory(device),
         }
         last = step == last_step or run.stop_requested
@@ -441,7 +441,7 @@ def main(config: Config) -> None:
             trainer = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "before": before}
             cursor = step % steps_per_epoch * config.rollouts_per_step
             run.save(step, policy, tokenizer, trainer | {"elapsed_seconds": elapsed, "prompt_cursor": cursor})
-        if run.stop_requested:
+        if last:
             break
     run.close(before, evaluation, time.time() - start)
 

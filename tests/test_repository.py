@@ -8,6 +8,7 @@ from helpers import ROOT
 
 EXPERIMENTS = sorted(path.name for path in ROOT.glob("experiment_*") if path.is_dir())
 LENGTHS = {"train.py": 450, "loss.py": 100, "replay_buffer.py": 150, "run.py": 250}
+LONGER = {"experiment_dapo/train.py": 540}
 PATTERNS = ("experiment_*/*.py", "data/*.py", "benchmarks/*.py", "plot.py")
 SOURCES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 
@@ -15,12 +16,13 @@ SOURCES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("name", LENGTHS)
 def test_files_stay_as_long_as_their_lesson(name, experiment):
-    assert len((ROOT / experiment / name).read_text().splitlines()) <= LENGTHS[name]
+    most = LONGER.get(f"{experiment}/{name}", LENGTHS[name])
+    assert len((ROOT / experiment / name).read_text().splitlines()) <= most
 
 
 def test_functions_are_short():
     """About 40 lines of code; `main` holds the loop, so that it can be read from top to bottom."""
-    for path in sorted((ROOT / "experiment_base").glob("*.py")):
+    for path in sorted(ROOT.glob("experiment_*/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name != "main":
                 docstring = (ast.get_docstring(node) or "").count("\n") + 1

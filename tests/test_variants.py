@@ -21,7 +21,7 @@ def changed_lines(experiment: str) -> list[str]:
     return [line for line in diff if line[0] in "+-" and not line.startswith(("+++", "---"))]
 
 
-@pytest.mark.parametrize("experiment, most", [("experiment_drgrpo", 25)])
+@pytest.mark.parametrize("experiment, most", [("experiment_drgrpo", 25), ("experiment_dapo", 90)])
 def test_the_diff_to_the_base_is_the_paper(experiment, most):
     assert 0 < len(changed_lines(experiment)) <= most
 
