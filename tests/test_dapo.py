@@ -35,8 +35,8 @@ def test_defaults_are_the_papers():
 def test_overlong_punishment_by_hand():
     """L_max = 20, L_cache = 4: nothing up to 16 tokens, -1 at 20, linear between. Bug: a port counts characters."""
     config = Config(max_new_tokens=20)
-    punished = train.overlong_punishment(group(0, [1, 15, 16, 17, 18, 19, 20]), config)
-    assert punished.tolist() == pytest.approx([0, 0, 0, -0.25, -0.5, -0.75, -1], abs=1e-6)
+    punished = train.overlong_punishment(group(0, [1, 15, 16, 17, 18, 19, 20, 30]), config)
+    assert punished.tolist() == pytest.approx([0, 0, 0, -0.25, -0.5, -0.75, -1, -1], abs=1e-6)
     config = Config(max_new_tokens=64)  # L_cache = 12.8
     punished = train.overlong_punishment(group(0, [51, 52, 58, 64]), config)
     assert punished.tolist() == pytest.approx([0, -0.8 / 12.8, -6.8 / 12.8, -1], abs=1e-6)
@@ -100,6 +100,16 @@ def test_groups_that_are_all_wrong_or_all_right_are_replaced(monkeypatch):
         expected.append(missing)
         missing -= sum(script.rights[i] in (1, 3) for i in numbers)
     assert [len(numbers) for numbers in script.rounds if numbers] == [n for n in expected if n]
+
+
+@pytest.mark.parametrize("useless", [0, 4])
+def test_no_such_group_is_kept_in_a_whole_epoch(useless, monkeypatch):
+    script = Script([useless, 2] * 10, monkeypatch)
+    cursor, all_kept = 0, []
+    while cursor < 20:
+        kept, _, cursor = script.step(cursor)
+        all_kept += kept
+    assert sorted(all_kept) == list(range(1, 20, 2))
 
 
 def test_a_full_batch_takes_one_round(monkeypatch):

@@ -18,6 +18,7 @@ import make_math_tasks as tasks  # noqa: E402
 import make_tiny_model as tiny  # noqa: E402
 
 FILES = ("math_tasks.jsonl", "math_tasks_eval.jsonl", "math_tasks_hard_eval.jsonl")
+LONG_FILES = ("math_tasks_long.jsonl", "math_tasks_long_eval.jsonl")
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 train = load_experiment().train
 
@@ -40,7 +41,7 @@ def cell_of(row):
 
 @pytest.fixture(scope="module")
 def files():
-    return {name: [json.loads(line) for line in (DATA / name).read_text().splitlines()] for name in FILES}
+    return {name: [json.loads(line) for line in (DATA / name).read_text().splitlines()] for name in FILES + LONG_FILES}
 
 
 # ---------------------------------------------------------------- the files
@@ -48,7 +49,7 @@ def test_counts(files):
     assert len(files[FILES[0]]) >= 8192 and [len(files[name]) for name in FILES[1:]] == [512, 512]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FILES + LONG_FILES)
 def test_rows_say_what_they_are(files, name):
     """Fields that lie about the expression would let --max-terms and --operators select the wrong rows."""
     for row in files[name]:
@@ -61,7 +62,7 @@ def test_rows_say_what_they_are(files, name):
         assert row["question"] in [phrasing.format(row["expression"]) for phrasing in tasks.PHRASINGS]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FILES + LONG_FILES)
 def test_answers_are_right(files, name):
     for row in files[name]:
         assert type(row["answer"]) is int and value(row["expression"]) == row["answer"], row
@@ -71,6 +72,21 @@ def test_no_expression_stands_twice(files):
     """Held-out accuracy means nothing where the training file has the same expression."""
     expressions = [row["expression"] for name in FILES for row in files[name]]
     assert len(set(expressions)) == len(expressions)
+    training, held_out = ([row["expression"] for row in files[name]] for name in LONG_FILES)
+    assert len(set(training)) == len(training) and len(set(held_out)) == len(held_out)
+    assert not set(training) & tasks.held_out_expressions() and not set(held_out) & {
+        r["expression"] for r in files[FILES[0]]
+    }
+
+
+def test_long_files_are_easy_and_hard_mixed(files):
+    """Two to six terms. What is held out of two and three was held out of the policy that the long one begins as."""
+    training, held_out = (files[name] for name in LONG_FILES)
+    assert len(training) >= 2048 and len(held_out) == 512
+    for rows in (training, held_out):
+        assert {cell_of(row) for row in rows} == set(tasks.LONG_CELLS)
+    short = {row["expression"] for row in held_out if row["num_terms"] <= 3}
+    assert len(short) > 100 and short <= {row["expression"] for row in files["math_tasks_eval.jsonl"]}
 
 
 def test_every_phrasing_is_used_about_as_often(files):
@@ -137,7 +153,7 @@ def test_products_come_first(expression, answer):
 
 def test_the_files_can_be_made_again(tmp_path, capsys):
     tasks.main(tasks.Config(output=tmp_path))
-    for name in FILES:
+    for name in FILES + LONG_FILES:
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
 
 
@@ -146,15 +162,16 @@ def expression_of(question):
     return re.search(r"\d+(?: [+*-] \d+)+", question)[0]
 
 
-def test_demonstrations_never_show_a_held_out_expression(monkeypatch):
+@pytest.mark.parametrize("policy", tiny.POLICIES)
+def test_demonstrations_never_show_a_held_out_expression(policy, monkeypatch):
     def shown():
         rng = random.Random(1)
-        return {expression_of(tiny.math_demonstration(rng)[0]) for _ in range(4000)}
+        return {expression_of(tiny.POLICIES[policy].demonstration(rng)[0]) for _ in range(4000)}
 
     held_out = tasks.held_out_expressions()
-    assert len(held_out) == 1024 and not shown() & held_out
+    assert len(held_out) > 1024 and not shown() & held_out
     monkeypatch.setattr(tiny, "HELD_OUT", set())
-    assert len(shown() & held_out) > 50  # so the draw above would have met them, had they not been refused
+    assert len(shown() & held_out) > 30  # so the draw above would have met them, had they not been refused
 
 
 def test_demonstrations_in_the_good_form_earn_the_full_reward():
@@ -171,9 +188,30 @@ def test_demonstrations_in_the_good_form_earn_the_full_reward():
     assert 0.2 < sum(habits) / len(habits) < 0.6  # the mixture must leave something to learn
 
 
+def test_long_demonstrations_leave_length_free():
+    """The number of checks says nothing about the answer, else a change in length could be the reward's doing. All are
+    in form; good ones are right in every line, habitual ones forget or slip, and a check repeats what it checks."""
+    rng, checks = random.Random(3), {0.0: [], 1.0: []}
+    for _ in range(4000):
+        question, good, habit = tiny.long_demonstration(rng)
+        answer = str(value(expression_of(question)))
+        assert train.accuracy_reward(good, answer) == train.format_reward(good) == train.format_reward(habit) == 1
+        chains = habit.removeprefix("<think>").partition("</think>")[0].split("\nCheck: ")
+        assert len(set(chains)) == 1
+        assert all(value(line.split("=")[0]) == int(line.split("=")[1]) for line in chain_of(good))
+        checks[train.accuracy_reward(habit, answer)].append(len(chains) - 1)
+    wrong, right = checks[0.0], checks[1.0]
+    assert 0.2 < len(right) / 4000 < 0.5 and max(right) == max(wrong) == 3
+    assert abs(sum(right) / len(right) - sum(wrong) / len(wrong)) < 0.08  # 0.73 on average, standard error 0.03
+
+
+def chain_of(completion):
+    return completion.removeprefix("<think>").partition("</think>")[0].replace("Check: ", "").splitlines()
+
+
 def test_system_prompts_agree():
     """The embedded policy answers only the system prompt that it was taught with."""
-    assert tiny.MATH_SYSTEM_PROMPT == tiny.POLICIES["math"].system_prompt == train.Config().system_prompt
+    assert {policy.system_prompt for policy in tiny.POLICIES.values()} == {train.Config().system_prompt}
 
 
 def test_embedded_chat_template_renders_what_train_py_tokenises():

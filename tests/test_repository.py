@@ -81,3 +81,7 @@ def test_every_flag_that_the_readmes_show_exists():
         for command in re.findall(r"experiment_base/train\.py((?:[^`\n]|\\\n)*)", readme.read_text()):
             for flag in re.findall(r"--([a-z0-9-]+)", command.split("#")[0]):
                 assert flag == "help" or re.search(rf"^    {flag.replace('-', '_')}: ", config, re.M), flag
+    for experiment in EXPERIMENTS:
+        config = (ROOT / experiment / "train.py").read_text()
+        for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)", (ROOT / experiment / "README.md").read_text()):
+            assert flag in ("help", "logdir") or re.search(rf"^    {flag.replace('-', '_')}: ", config, re.M), flag
