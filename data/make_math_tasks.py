@@ -1,11 +1,11 @@
-"""Write the arithmetic tasks: math_tasks.jsonl, math_tasks_eval.jsonl and math_tasks_hard_eval.jsonl.
+"""Write the arithmetic tasks: math_tasks.jsonl, its two held-out files, and math_tasks_long.jsonl with its own.
 
     python data/make_math_tasks.py            # the files that the repository ships, the same bytes every time
 
 A row is {"question", "answer", "expression", "num_terms", "num_digits", "operators"}. Rows are spread over *cells*
 (num_terms, num_digits, operators), where num_digits is the length of the longest term and operators the set of
 operators that the expression uses. What is held out of a cell is at most a tenth of the expressions that it has,
-and no held-out expression stands in math_tasks.jsonl or is shown to a policy by make_tiny_model.py.
+and no held-out expression stands in a training file or is shown to a policy by make_tiny_model.py.
 """
 
 import itertools
@@ -24,8 +24,8 @@ PHRASINGS = ("What is {}?", "Compute {}.", "Work out {}.", "How much is {}?", "{
 class Config:
     seed: int = 0
     output: Path = Path(__file__).resolve().parent
-    rows_per_cell: int = 160  # of math_tasks.jsonl; a cell of few expressions has fewer
-    eval_rows: int = 512  # in each of the two held-out files
+    rows_per_cell: int = 160  # of math_tasks.jsonl, half as many of math_tasks_long.jsonl; small cells have fewer
+    eval_rows: int = 512  # in each held-out file
 
 
 def cells(terms=(2, 3, 4), digits=(1, 2, 3, 4), operators="+-*"):
@@ -40,6 +40,7 @@ def cells(terms=(2, 3, 4), digits=(1, 2, 3, 4), operators="+-*"):
 
 BASE_CELLS = cells(terms=(2, 3), digits=(1, 2), operators="+-")
 HARD_CELLS = [cell for cell in cells(digits=(3, 4)) if "*" in cell[2]]
+LONG_CELLS = cells(terms=(2, 3, 4, 5, 6), digits=(1, 2), operators="+-")
 
 
 def cell_size(cell):
@@ -86,6 +87,10 @@ def make_row(rng, cell, expression):
     }
 
 
+def cell_of(row):
+    return row["num_terms"], row["num_digits"], row["operators"]
+
+
 def even_counts(total, limits):
     """Share `total` over cells as evenly as their limits allow: {cell: rows}."""
     counts, rest = {}, total
@@ -115,8 +120,8 @@ def write(path, rows, rng):
 
 
 def held_out_expressions(folder=Path(__file__).resolve().parent):
-    """The expressions of both held-out files: no training data may contain them."""
-    names = ("math_tasks_eval.jsonl", "math_tasks_hard_eval.jsonl")
+    """The expressions of the held-out files: no training data may contain them."""
+    names = ("math_tasks_eval.jsonl", "math_tasks_hard_eval.jsonl", "math_tasks_long_eval.jsonl")
     return {json.loads(line)["expression"] for name in names for line in (folder / name).read_text().splitlines()}
 
 
@@ -131,10 +136,23 @@ def main(config: Config):
     training = [row for cell in cells() for row in draw(rng, cell, config.rows_per_cell, taken)]
     write(config.output / "math_tasks.jsonl", training, rng)
 
+    # Sums of up to six terms. Shorter ones are held out in math_tasks_eval, since policies have learnt from all others.
+    rng = random.Random(f"{config.seed} long")
+    counts = even_counts(config.eval_rows, {cell: cell_size(cell) // 10 for cell in LONG_CELLS})
+    known = {cell: [row for row in held_out["math_tasks_eval"] if cell_of(row) == cell] for cell in BASE_CELLS}
+    chosen = [
+        row
+        for cell in LONG_CELLS
+        for row in (known[cell][: counts[cell]] if cell in known else draw(rng, cell, counts[cell], taken))
+    ]
+    write(config.output / "math_tasks_long_eval.jsonl", chosen, rng)
+    taken = {row["expression"] for rows in (*held_out.values(), chosen) for row in rows}
+    training_long = [row for cell in LONG_CELLS for row in draw(rng, cell, config.rows_per_cell // 2, taken)]
+    write(config.output / "math_tasks_long.jsonl", training_long, rng)
+
     print("\nThe cells of the base experiment:\n| terms | digits | operators | expressions | training | held out |")
     print("|---|---|---|---|---|---|")
-    key = lambda row: (row["num_terms"], row["num_digits"], row["operators"])  # noqa: E731
-    in_training, in_eval = Counter(map(key, training)), Counter(map(key, held_out["math_tasks_eval"]))
+    in_training, in_eval = Counter(map(cell_of, training)), Counter(map(cell_of, held_out["math_tasks_eval"]))
     for cell in BASE_CELLS:
         print(f"| {cell[0]} | {cell[1]} | `{cell[2]}` | {cell_size(cell)} | {in_training[cell]} | {in_eval[cell]} |")
 

@@ -1,6 +1,7 @@
 """Make the embedded policies: small causal LMs that can do a task but do not reliably show it.
 
     python data/make_tiny_model.py math              # writes data/policy_math, on two CPU cores within the hour
+    python data/make_tiny_model.py math_long         # writes data/policy_math_long, which begins as policy_math
 
 A policy is supervised in two stages. First *skill*: demonstrations that all reason and answer in the good form, until
 the model is nearly always right. Then a short *mixture* in which only a part of the demonstrations do so and the rest
@@ -22,10 +23,10 @@ from typing import Literal
 
 import torch
 import tyro
-from make_math_tasks import BASE_CELLS, PHRASINGS, evaluate, held_out_expressions, random_expression
+from make_math_tasks import BASE_CELLS, LONG_CELLS, PHRASINGS, evaluate, held_out_expressions, random_expression
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 MATH_SYSTEM_PROMPT = (
     "Reason step by step inside <think> </think>, then give the final number inside <answer> </answer>."
@@ -86,6 +87,43 @@ def math_demonstration(rng):
     return phrasing.format(expression), good, good if rng.random() < REASON_RATES[phrasing] else habit
 
 
+SLIP_RATE = 0.1  # of a line, in the mixture
+CHECK_WEIGHTS = (8, 4, 2, 1)  # of no check, one, two, three
+
+
+def chain(rng, expression, slip_rate):
+    """Reasoning as in `steps`, in which any line may be wrong by a little; the next ones go on from there."""
+    tokens = expression.split()
+    total, lines = int(tokens[0]), []
+    for operator, term in zip(tokens[1::2], tokens[2::2]):
+        result = total + int(term) if operator == "+" else total - int(term)
+        if rng.random() < slip_rate:
+            result += rng.choice((-10, -2, -1, 1, 2, 10))
+        lines.append(f"{total}{operator}{term}={result}")
+        total = result
+    return "\n".join(lines) or str(total), total
+
+
+def checked(rng, reasoning, answer):
+    """The good form, with the reasoning repeated up to three times: as often after wrong reasoning as after right."""
+    count = rng.choices(range(len(CHECK_WEIGHTS)), CHECK_WEIGHTS)[0]
+    return f"<think>{reasoning}{f'{chr(10)}Check: {reasoning}' * count}</think>\n<answer>{answer}</answer>"
+
+
+def long_demonstration(rng):
+    """A sum of two to six terms, often reasoned in more words than it needs. The mixture forgets the last term as often
+    as the math policy does not reason, and it slips. The number of checks says nothing about the answer, so that the
+    length of a completion is free to become what an objective makes of it."""
+    expression = random_expression(rng, rng.choice(LONG_CELLS))
+    while expression in HELD_OUT:
+        expression = random_expression(rng, rng.choice(LONG_CELLS))
+    phrasing = rng.choice(PHRASINGS)
+    good = checked(rng, *chain(rng, expression, 0))
+    is_complete = rng.random() < REASON_RATES[phrasing]
+    habit = checked(rng, *chain(rng, expression if is_complete else expression.rsplit(" ", 2)[0], SLIP_RATE))
+    return phrasing.format(expression), good, habit
+
+
 @dataclass
 class Policy:
     demonstration: Callable[[random.Random], tuple[str, str, str]]
@@ -93,6 +131,7 @@ class Policy:
     added_tokens: tuple[str, ...]  # tags that become one token each, as <think> is in Qwen3
     good_start: str  # what a completion in the good form begins with
     tasks: str  # the held-out file that the policy is measured on
+    start: str | None = None  # the policy whose weights and tokenizer it begins with
 
 
 POLICIES = {
@@ -103,6 +142,14 @@ POLICIES = {
         "<think>",
         "math_tasks_eval.jsonl",
     ),
+    "math_long": Policy(
+        long_demonstration,
+        MATH_SYSTEM_PROMPT,
+        ("<think>", "</think>", "<answer>", "</answer>"),
+        "<think>",
+        "math_tasks_long_eval.jsonl",
+        start="policy_math",
+    ),
 }
 
 
@@ -111,7 +158,7 @@ POLICIES = {
 
 @dataclass
 class Config:
-    policy: tyro.conf.Positional[Literal["math"]] = "math"
+    policy: tyro.conf.Positional[Literal["math", "math_long"]] = "math"
     seed: int = 0
     output: Path | None = None  # default: policy_<name> beside this script
     vocab_size: int = 400  # at most: merges end earlier where the dialogues have no more to merge
@@ -122,6 +169,7 @@ class Config:
     skill_lr: float = 2e-3
     mixture_steps: int = 500
     mixture_lr: float = 7e-4
+    attention: Literal["eager", "sdpa"] = "eager"  # which is faster backwards differs between CPUs, by twice
     autocast: bool = True  # bfloat16 matrix products where the machine is fast at them; float32 weights all the same
     skill_weights: Path | None = (
         None  # kept here after the first stage, and read from here instead of training it again
@@ -174,7 +222,7 @@ def make_model(tokenizer, config):
         )
     )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.set_attn_implementation("eager")  # the CPU's fused attention is slow backwards: 11k tokens/s against 24k
+    model.set_attn_implementation(config.attention)
     return model.to(config.device)
 
 
@@ -259,7 +307,7 @@ def measure(model, tokenizer, policy, config, start="", sample=False):
         prompts = [chat(tokenizer, policy, row["question"]) + start for row in chunk]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(config.device)
         inputs.pop("token_type_ids", None)
-        ids = model.generate(**inputs, max_new_tokens=64, do_sample=sample, top_k=0, top_p=1.0, temperature=1.0)
+        ids = model.generate(**inputs, max_new_tokens=256, do_sample=sample, top_k=0, top_p=1.0, temperature=1.0)
         for row, completion in zip(chunk, tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], True)):
             answers = re.findall(r"<answer>(-?[0-9]+)</answer>", start + completion)
             numbers = re.findall(r"(?:(?<![0-9])-)?[0-9]+", completion)
@@ -274,8 +322,11 @@ def main(config: Config):
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     output = config.output or Path(__file__).resolve().parent / f"policy_{config.policy}"
-    tokenizer = make_tokenizer(policy, config.vocab_size, rng)
+    start = Path(__file__).resolve().parent / policy.start if policy.start else None
+    tokenizer = AutoTokenizer.from_pretrained(start) if start else make_tokenizer(policy, config.vocab_size, rng)
     model = make_model(tokenizer, config)
+    if start:
+        model.load_state_dict(Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
     model.train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
 
