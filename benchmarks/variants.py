@@ -65,32 +65,39 @@ class Config:
 
 
 # ---------------------------------------------------------------- one run
-def measure(train, policy, reference, tokenizer, prompts, config) -> dict[str, float | None]:
-    """What a policy samples on held-out prompts, by the base's reward and in the same random numbers for everyone."""
-    from loss import approx_kl_divergence
+def sample(train, policy, tokenizer, prompts, config) -> list:
+    """Groups of completions of the first held-out prompts, drawn with the same random numbers for everyone."""
+    generator = train.make_generator(policy.device, "study")
+    return train.rollout(policy, tokenizer, prompts[:SAMPLED_PROMPTS], SAMPLES, config, generator)
+
+
+def log_ratios(train, reference, groups, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of all sampled tokens under the policy that sampled them and under the reference, (tokens,) each."""
     from model import can_pack
     from replay_buffer import ReplayBuffer
 
     config = replace(config, group_size=SAMPLES, train_batch_size=SAMPLES, kl_weight=1.0)  # 1: forward every group
-    generator = train.make_generator(policy.device, "study")
-    groups = train.rollout(policy, tokenizer, prompts[:SAMPLED_PROMPTS], SAMPLES, config, generator)
+    for group in groups:
+        group.advantages = torch.zeros(SAMPLES)
+    buffer = ReplayBuffer()
+    buffer.extend(groups)
+    packed = can_pack(reference.config, config.max_length)
+    batches = sum(buffer.batches(config, packed, torch.Generator().manual_seed(0)), [])
+    with torch.no_grad():
+        of_reference = [train.sequences_log_probs(reference, batch, config) for batch in batches]
+    return torch.cat([batch.sampled_log_probs for batch in batches]), torch.cat(of_reference)
+
+
+def measure(train, policy, reference, tokenizer, prompts, config) -> dict[str, float | None]:
+    """What a policy samples on held-out prompts, by the base's reward."""
+    from loss import approx_kl_divergence
+
+    groups = sample(train, policy, tokenizer, prompts, config)
     accuracy = torch.tensor([[train.accuracy_reward(text, e.answer) for text in e.completions] for e in groups])
     form = torch.tensor([[train.format_reward(text) for text in e.completions] for e in groups])
     lengths = torch.tensor([[float(len(ids)) for ids in e.completion_ids] for e in groups])
     checks = torch.tensor([[float(text.count("Check:")) for text in e.completions] for e in groups])
     rewards = accuracy + config.format_weight * form  # (prompts, samples)
-    buffer = ReplayBuffer()
-    for group, group_rewards in zip(groups, rewards):
-        group.advantages = torch.zeros_like(group_rewards)
-    buffer.extend(groups)
-    batches = buffer.batches(config, can_pack(policy.config, config.max_length), torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        kl = torch.cat(
-            [
-                approx_kl_divergence(batch.sampled_log_probs, train.sequences_log_probs(reference, batch, config))
-                for batch in sum(batches, [])
-            ]
-        )
 
     def mean_where(values, is_right):
         return values[accuracy == is_right].mean().item() if (accuracy == is_right).any() else None
@@ -98,7 +105,7 @@ def measure(train, policy, reference, tokenizer, prompts, config) -> dict[str, f
     return {
         "eval_sampled_accuracy": accuracy.mean().item(),
         "eval_reward": rewards.mean().item(),
-        "eval_kl": kl.mean().item(),
+        "eval_kl": approx_kl_divergence(*log_ratios(train, reference, groups, config)).mean().item(),
         "eval_length_correct": mean_where(lengths, 1),
         "eval_length_wrong": mean_where(lengths, 0),
         "eval_checks_correct": mean_where(checks, 1),
@@ -114,13 +121,11 @@ def run_one(experiment: str, seed: int, config: Config) -> None:
     import train
     from model import load_model, resolve
 
-    name = f"{experiment}_seed_{seed}"
-    places = dict(log_dir=str(config.log_dir), checkpoint_path=str(config.checkpoint_path), run_name=name)
-    settings = train.Config(**SETTING, **places, seed=seed, max_steps=config.steps, lr=config.lr)
-    checkpoints = config.checkpoint_path / experiment / name
+    settings = settings_of(train, experiment, seed, config)
+    checkpoints = config.checkpoint_path / experiment / settings.run_name
     resume = any(checkpoints.glob("step_*/trainer.pt"))
     if not resume:  # what a run leaves that was stopped before its first checkpoint
-        shutil.rmtree(config.log_dir / name, ignore_errors=True)
+        shutil.rmtree(config.log_dir / settings.run_name, ignore_errors=True)
         shutil.rmtree(checkpoints, ignore_errors=True)
     reference, _ = load_model(*resolve(replace(settings, kl_weight=0.0)))
     evaluate = train.evaluate
@@ -130,6 +135,34 @@ def run_one(experiment: str, seed: int, config: Config) -> None:
 
     train.evaluate = evaluate_and_measure
     train.main(replace(settings, resume=resume))
+
+
+def settings_of(train, experiment: str, seed: int, config: Config):
+    places = dict(log_dir=str(config.log_dir), checkpoint_path=str(config.checkpoint_path))
+    name = f"{experiment}_seed_{seed}"
+    return train.Config(**SETTING, **places, run_name=name, seed=seed, max_steps=config.steps, lr=config.lr)
+
+
+def kl_of_last_checkpoint(experiment: str, seed: int, config: Config) -> dict[str, float]:
+    """The KL to the reference by two estimates, over the same tokens. k3, which `eval_kl` is, has a heavy tail: a
+    single token that the reference finds far likelier than the policy may be most of it. The log-ratio has none."""
+    import train
+    from loss import approx_kl_divergence
+    from model import load_model, load_tokenizer, resolve
+
+    settings, device = resolve(replace(settings_of(train, experiment, seed, config), kl_weight=0.0))
+    checkpoint = config.checkpoint_path / experiment / settings.run_name / f"step_{config.steps:06d}"
+    reference, _ = load_model(settings, device)
+    policy, _ = load_model(replace(settings, model_name=str(checkpoint)), device)
+    tokenizer = load_tokenizer(settings.model_name)
+    groups = sample(train, policy, tokenizer, train.read_prompts(settings, tokenizer)[1], settings)
+    log_probs, of_reference = log_ratios(train, reference, groups, settings)
+    k3 = approx_kl_divergence(log_probs, of_reference)
+    return {
+        "kl_k3": k3.mean().item(),
+        "kl_k3_without_largest_token": (k3.sum() - k3.max()).item() / len(k3),
+        "kl_mean_log_ratio": (log_probs - of_reference).mean().item(),
+    }
 
 
 def read_metrics(experiment: str, seed: int, config: Config) -> list[dict]:
@@ -155,11 +188,12 @@ def curves_of(runs: dict[int, list[dict]], measure: str) -> dict:
     }
 
 
-def last_of(runs: dict[int, list[dict]]) -> dict:
+def ends_of(experiment: str, runs: dict[int, list[dict]], config: Config) -> dict:
     """What the runs of a variant ended with, seed by seed."""
     names = [*MEASURES, "eval_sampled_accuracy", "eval_truncated_fraction"]
     ends = {seed: {name: lines[-1][name] for name in names} for seed, lines in runs.items()}
     for seed, lines in runs.items():
+        ends[seed] |= kl_of_last_checkpoint(experiment, seed, config)
         ends[seed]["seconds"] = lines[-1]["elapsed_seconds"]
         for name in ("grad_clip_fraction", "clip_fraction", "wasted_fraction"):
             values = [line[name] for line in lines[1:] if line.get(name) is not None]
@@ -202,6 +236,7 @@ def main(config: Config) -> None:
                 command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
                 subprocess.run(command, check=True)
             runs[experiment][seed] = read_metrics(experiment, seed, config)
+    sys.path.insert(0, str(ROOT / "experiment_base"))
     curves = {
         VARIANTS[experiment]: {name: curves_of(runs[experiment], name) for name in MEASURES} for experiment in VARIANTS
     }
@@ -211,7 +246,7 @@ def main(config: Config) -> None:
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
         "setting": setting | {"lr": config.lr, "max_steps": config.steps},
-        "ends": {VARIANTS[experiment]: last_of(runs[experiment]) for experiment in VARIANTS},
+        "ends": {VARIANTS[experiment]: ends_of(experiment, runs[experiment], config) for experiment in VARIANTS},
         "curves": curves,
     }
     (config.results / "variants.json").write_text(json.dumps(report, indent=1) + "\n")
