@@ -1,7 +1,7 @@
 """Make the embedded policies: small causal LMs that can do a task but do not reliably show it.
 
     python data/make_tiny_model.py math              # writes data/policy_math, on two CPU cores within the hour
-    python data/make_tiny_model.py math_long         # writes data/policy_math_long, which begins as policy_math
+    python data/make_tiny_model.py math_long         # writes data/policy_math_long; its flags are in data/README.md
 
 A policy is supervised in two stages. First *skill*: demonstrations that all reason and answer in the good form, until
 the model is nearly always right. Then a short *mixture* in which only a part of the demonstrations do so and the rest
