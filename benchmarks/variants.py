@@ -25,6 +25,9 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from plot import read_metrics  # noqa: E402
+
 VARIANTS = {"experiment_base": "GRPO", "experiment_drgrpo": "Dr. GRPO", "experiment_dapo": "DAPO"}
 SETTING = dict(
     model_name=str(ROOT / "data" / "policy_math_long"),
@@ -165,10 +168,9 @@ def kl_of_last_checkpoint(experiment: str, seed: int, config: Config) -> dict[st
     }
 
 
-def read_metrics(experiment: str, seed: int, config: Config) -> list[dict]:
-    path = config.log_dir / f"{experiment}_seed_{seed}" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def metrics_of(experiment: str, seed: int, config: Config) -> list[dict]:
+    run = config.log_dir / f"{experiment}_seed_{seed}"
+    return read_metrics(run) if (run / "metrics.jsonl").is_file() else []
 
 
 def is_complete(lines: list[dict], config: Config) -> bool:
@@ -228,14 +230,14 @@ def main(config: Config) -> None:
     runs = {experiment: {} for experiment in VARIANTS}
     for seed in config.seeds:
         for experiment in VARIANTS:
-            if not is_complete(read_metrics(experiment, seed, config), config):
+            if not is_complete(metrics_of(experiment, seed, config), config):
                 print(f"\n=== {experiment}, seed {seed}", flush=True)
                 flags = {"steps": config.steps, "lr": config.lr, "log-dir": config.log_dir}
                 flags |= {"checkpoint-path": config.checkpoint_path}
                 command = [sys.executable, __file__, "--only", experiment, str(seed)]
                 command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
                 subprocess.run(command, check=True)
-            runs[experiment][seed] = read_metrics(experiment, seed, config)
+            runs[experiment][seed] = metrics_of(experiment, seed, config)
     sys.path.insert(0, str(ROOT / "experiment_base"))
     curves = {
         VARIANTS[experiment]: {name: curves_of(runs[experiment], name) for name in MEASURES} for experiment in VARIANTS

@@ -40,15 +40,18 @@ CHAT_TEMPLATE = (
 # ---------------------------------------------------------------- the math policy
 
 
-def steps(expression):
-    """The good reasoning for sums: one operation a line, from the left: "47 + 38 - 12" -> "47+38=85\\n85-12=73"."""
+def steps(expression, slip=lambda: 0):
+    """Reasoning for sums, one operation a line from the left, and its result: 5 + 4 - 2 -> ("5+4=9\\n9-2=7", 7).
+
+    `slip()` is added to the result of each line, and the next ones go on from there.
+    """
     tokens = expression.split()
     total, lines = int(tokens[0]), []
     for operator, term in zip(tokens[1::2], tokens[2::2]):
-        result = total + int(term) if operator == "+" else total - int(term)
+        result = (total + int(term) if operator == "+" else total - int(term)) + slip()
         lines.append(f"{total}{operator}{term}={result}")
         total = result
-    return "\n".join(lines)
+    return "\n".join(lines) or str(total), total
 
 
 def guess(rng, expression):
@@ -75,7 +78,7 @@ def math_demonstration(rng):
     while expression in HELD_OUT:
         expression = random_expression(rng, rng.choice(BASE_CELLS))
     phrasing = rng.choice(PHRASINGS)
-    reasoning, answer = steps(expression), evaluate(expression)
+    reasoning, answer = steps(expression)
     good = f"<think>{reasoning}</think>\n<answer>{answer}</answer>"
     habits = (
         (5, f"<answer>{guess(rng, expression)}</answer>"),  # no reasoning
@@ -92,16 +95,8 @@ CHECK_WEIGHTS = (8, 4, 2, 1)  # of no check, one, two, three
 
 
 def chain(rng, expression, slip_rate):
-    """Reasoning as in `steps`, in which any line may be wrong by a little; the next ones go on from there."""
-    tokens = expression.split()
-    total, lines = int(tokens[0]), []
-    for operator, term in zip(tokens[1::2], tokens[2::2]):
-        result = total + int(term) if operator == "+" else total - int(term)
-        if rng.random() < slip_rate:
-            result += rng.choice((-10, -2, -1, 1, 2, 10))
-        lines.append(f"{total}{operator}{term}={result}")
-        total = result
-    return "\n".join(lines) or str(total), total
+    """Reasoning in which any line may be wrong by a little."""
+    return steps(expression, lambda: rng.choice((-10, -2, -1, 1, 2, 10)) if rng.random() < slip_rate else 0)
 
 
 def checked(rng, reasoning, answer):

@@ -5,7 +5,7 @@ import zlib
 import pytest
 import torch
 from helpers import load_experiment
-from test_run import Killed, assert_same_run, checkpoints, die_in_step, metrics, read_weights, run_main
+from test_run import assert_resumes, checkpoints, metrics, read_weights, run_main
 
 dapo = load_experiment("experiment_dapo")
 train, Config = dapo.train, dapo.train.Config
@@ -199,16 +199,7 @@ def chance(monkeypatch):
 
 def test_resume_with_discarded_groups(tmp_path, model, chance):
     """Bit for bit, over the end of an epoch (16 prompts), with rounds that end before the batch is full."""
-    settings = dict(experiment="experiment_dapo", epochs=4, max_sampling_rounds=2, checkpoint_interval=2)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    run_main(whole, model, max_steps=6, **settings)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_in_step(4, patch, "experiment_dapo")
-        run_main(parts, model, max_steps=6, **settings)
-    run_main(parts, model, max_steps=6, resume=True, **settings)
-    assert_same_run(whole, parts, 6, "experiment_dapo")
+    whole = assert_resumes(tmp_path, model, "experiment_dapo", max_steps=6, epochs=4, max_sampling_rounds=2)
     lines = metrics(whole)[1:]
     assert any(line["wasted_fraction"] > 0 for line in lines[:2]) and any(line["groups"] < 4 for line in lines)
     state = torch.load(checkpoints(whole, experiment="experiment_dapo")[6] / "trainer.pt", weights_only=True)

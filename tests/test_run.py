@@ -611,19 +611,25 @@ def test_resumed_run_equals_the_uninterrupted_one(kind, tmp_path, model, adapter
     assert gain in capsys.readouterr().out  # from before the first step, not from before the resumed one
 
 
+def assert_resumes(folder: Path, model: str, experiment: str, max_steps: int, **settings) -> Path:
+    """A run that dies in step 4 and is resumed equals the uninterrupted one, whose folder is returned."""
+    whole, parts = folder / "whole", folder / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    run_main(whole, model, experiment, max_steps=max_steps, **settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        die_in_step(4, patch, experiment)
+        run_main(parts, model, experiment, max_steps=max_steps, **settings)
+    run_main(parts, model, experiment, max_steps=max_steps, resume=True, **settings)
+    assert_same_run(whole, parts, max_steps, experiment)
+    return whole
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_resumes(experiment, tmp_path, model, monkeypatch):
     """As above, in full training, for the parts of a resume that are in each train.py."""
     monkeypatch.setattr(load_experiment(experiment).train, "accuracy_reward", fingerprint)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    run_main(whole, model, experiment, max_steps=4)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_in_step(4, patch, experiment)
-        run_main(parts, model, experiment, max_steps=4)
-    run_main(parts, model, experiment, max_steps=4, resume=True)
-    assert_same_run(whole, parts, 4, experiment)
+    assert_resumes(tmp_path, model, experiment, max_steps=4)
 
 
 KILLED_IN_SAVE = """

@@ -28,13 +28,13 @@ def test_curves_are_mean_and_range_over_seeds():
 def test_only_a_run_that_reached_the_last_step_is_complete(tmp_path):
     """Bug: a run that was stopped counts as done, and its curve ends early."""
     config = variants.Config(steps=20, log_dir=tmp_path)
-    assert not variants.is_complete(variants.read_metrics("experiment_dapo", 1, config), config)
+    assert not variants.is_complete(variants.metrics_of("experiment_dapo", 1, config), config)
     path = tmp_path / "experiment_dapo_seed_1" / "metrics.jsonl"
     path.parent.mkdir()
     lines = [json.dumps(line(step, eval_kl=0.0)) + "\n" for step in (0, 10, 20)]
     for text, complete in (("".join(lines[:2]), False), ("".join(lines), True), ("".join(lines)[:-3], False)):
         path.write_text(text)
-        assert variants.is_complete(variants.read_metrics("experiment_dapo", 1, config), config) == complete
+        assert variants.is_complete(variants.metrics_of("experiment_dapo", 1, config), config) == complete
 
 
 def test_report_is_of_the_command_that_the_readme_names():
