@@ -24,7 +24,6 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = ROOT / "experiment_base"
-sys.path.insert(0, str(EXPERIMENT))
 
 
 @dataclass
@@ -35,13 +34,13 @@ class Config:
     results: Path = ROOT / "results"
 
 
-def run_seed(seed: int, config: Config) -> list[dict]:
-    """Lines of metrics.jsonl of one run of the default command."""
+def run_seed(seed: int, config: Config, experiment: Path = EXPERIMENT, eval_interval: int = 2) -> list[dict]:
+    """Lines of metrics.jsonl of one run of an experiment's default command."""
     path = config.log_dir / f"seed_{seed}" / "metrics.jsonl"
     if not (path.is_file() and "eval_accuracy" in path.read_text().splitlines()[-1]):
-        flags = {"seed": seed, "run-name": f"seed_{seed}", "eval-interval": 2}
+        flags = {"seed": seed, "run-name": f"seed_{seed}", "eval-interval": eval_interval}
         flags |= {"log-dir": config.log_dir, "checkpoint-path": config.checkpoint_path}
-        command = [sys.executable, EXPERIMENT / "train.py"]
+        command = [sys.executable, experiment / "train.py"]
         subprocess.run(
             command + [str(part) for name, value in flags.items() for part in (f"--{name}", value)], check=True
         )
@@ -66,6 +65,7 @@ def summarise(seed: int, lines: list[dict]) -> dict:
 
 def greedy_answers(model_name: str, count: int = 10) -> list[dict]:
     """The policy's greedy completions of the first held-out questions."""
+    sys.path.insert(0, str(EXPERIMENT))
     import train
     from model import load_model, load_tokenizer
 

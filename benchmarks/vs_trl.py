@@ -41,6 +41,7 @@ from statistics import mean, median
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENT = "experiment_base"
 SIDES = ("ours", "trl")
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
 CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}  # what the speed of float32 and bfloat16 hangs on
@@ -109,7 +110,7 @@ class Clock:
     def reset(self) -> None:
         if self.cuda:
             self.cuda.reset_peak_memory_stats()
-        self.excluded, self.sampling, self.tokens, self.peak, self.accuracy = 0.0, 0.0, 0, 0, None
+        self.excluded, self.sampling, self.tokens, self.peak, self.accuracy, self.more = 0.0, 0.0, 0, 0, None, {}
 
     def watch_memory(self) -> None:
         while self.running.wait():
@@ -130,7 +131,7 @@ class Clock:
                 self.peak = self.cuda.max_memory_allocated()  # it counts itself, and needs no watching
             report |= {"seconds": seconds, "sampling_seconds": self.sampling}
             report |= {"training_seconds": seconds - self.sampling, "tokens": self.tokens, "reward": self.reward}
-            report |= {"peak_bytes": self.peak - self.level, "whole_peak_bytes": self.peak}
+            report |= {"peak_bytes": self.peak - self.level, "whole_peak_bytes": self.peak, **self.more}
         print(json.dumps(report), file=self.pipe, flush=True)
         if sys.stdin.readline().strip() != "go":
             os._exit(0)  # the driver has all it wants, or is gone
@@ -170,7 +171,7 @@ class Clock:
 def work(side: str, seed: int, steps: int, settings: dict, eval_interval: int, changes: dict, device: str, folder: str):
     """One side, until the driver wants no more. One step more than it may ask for, so that no step is the last.
     Where `eval_interval` is None nothing is evaluated."""
-    sys.path.insert(0, str(ROOT / "experiment_base"))
+    sys.path.insert(0, str(ROOT / EXPERIMENT))
     import train
 
     clock = Clock(device)
@@ -238,8 +239,30 @@ def trl_arguments(config, settings: dict, device: str, folder: str) -> dict:
     return arguments | {"output_dir": f"{folder}/trl"}
 
 
-def run_trl(train, config, clock: Clock, settings: dict, evaluates: bool, device: str, folder: str) -> None:
+def trl_task(train, tokenizer, prompts: list) -> dict:
+    """GRPOTrainer's data and rewards, for the same prompts and the same rule."""
     from datasets import Dataset
+
+    texts = [tokenizer.decode(prompt.ids) for prompt in prompts]
+    if tokenizer(text=texts)["input_ids"] != [prompt.ids for prompt in prompts]:
+        sys.exit("error: TRL would tokenise the prompts to other ids than ours")
+
+    def accuracy_reward(completions, answer, **_):
+        return [train.accuracy_reward(*pair) for pair in zip(completions, answer)]
+
+    def format_reward(completions, **_):
+        return [train.format_reward(completion) for completion in completions]
+
+    rows = Dataset.from_dict({"prompt": texts, "answer": [prompt.answer for prompt in prompts]})
+    return {"train_dataset": rows, "reward_funcs": [accuracy_reward, format_reward]}
+
+
+def trl_tokens(result: tuple, clock: Clock) -> int:
+    """The sampled tokens of what GRPOTrainer._generate returned."""
+    return sum(map(len, result[1]))
+
+
+def run_trl(train, config, clock: Clock, settings: dict, evaluates: bool, device: str, folder: str) -> None:
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -249,9 +272,6 @@ def run_trl(train, config, clock: Clock, settings: dict, evaluates: bool, device
     prompts = [
         prompt for step in range(config.max_steps) for prompt in train.prompts_of_step(prompts, step + 1, config)
     ]
-    texts = [tokenizer.decode(prompt.ids) for prompt in prompts]
-    if tokenizer(text=texts)["input_ids"] != [prompt.ids for prompt in prompts]:
-        sys.exit("error: TRL would tokenise the prompts to other ids than ours")
     arguments = trl_arguments(config, settings, device, folder)
     updates = arguments["max_steps"] // config.max_steps
     lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
@@ -269,22 +289,15 @@ def run_trl(train, config, clock: Clock, settings: dict, evaluates: bool, device
                 train.evaluate(evaluated, tokenizer, eval_prompts, config)
             clock.next_step()
 
-    def accuracy_reward(completions, answer, **_):
-        return [train.accuracy_reward(*pair) for pair in zip(completions, answer)]
-
-    def format_reward(completions, **_):
-        return [train.format_reward(completion) for completion in completions]
-
     trainer = GRPOTrainer(
         model=config.model_name,
-        reward_funcs=[accuracy_reward, format_reward],
         args=GRPOConfig(**arguments),
-        train_dataset=Dataset.from_dict({"prompt": texts, "answer": [prompt.answer for prompt in prompts]}),
         processing_class=tokenizer,
         peft_config=lora if config.lora_rank else None,
         callbacks=[Turns()],
+        **trl_task(train, tokenizer, prompts),
     )
-    trainer._generate = clock.sampling_in(trainer._generate, lambda result: sum(map(len, result[1])))
+    trainer._generate = clock.sampling_in(trainer._generate, lambda result: trl_tokens(result, clock))
     clock.info = {"settings": arguments}
     trainer.train()
 
@@ -293,13 +306,15 @@ def run_trl(train, config, clock: Clock, settings: dict, evaluates: bool, device
 class Worker:
     """A side in a process of its own."""
 
+    script = str(Path(__file__).resolve())
+
     def __init__(self, side: str, seed: int, steps: int, settings: dict, changes: dict, eval_interval=0, device="cpu"):
         """`changes` are those of our Config's defaults that both sides follow, `settings` the side's own."""
         self.folder = tempfile.TemporaryDirectory()
         job = (side, seed, steps, settings, eval_interval, changes, device, self.folder.name)
         environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
         environment |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(job)]
+        command = [sys.executable, self.script, "--worker", json.dumps(job)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.side = side  # in a session of its own: Ctrl-C reaches the driver alone, which ends it
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)

@@ -2,6 +2,7 @@
 
     python data/make_tiny_model.py math              # writes data/policy_math, on two CPU cores within the hour
     python data/make_tiny_model.py math_long         # writes data/policy_math_long; its flags are in data/README.md
+    python data/make_tiny_model.py calculator        # writes data/policy_calculator; likewise
 
 A policy is supervised in two stages. First *skill*: demonstrations that all reason and answer in the good form, until
 the model is nearly always right. Then a short *mixture* in which only a part of the demonstrations do so and the rest
@@ -15,6 +16,7 @@ import json
 import math
 import random
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +25,20 @@ from typing import Literal
 
 import torch
 import tyro
-from make_math_tasks import BASE_CELLS, LONG_CELLS, PHRASINGS, evaluate, held_out_expressions, random_expression
+from make_math_tasks import BASE_CELLS, HARD_CELLS, LONG_CELLS, PHRASINGS
+from make_math_tasks import evaluate, held_out_expressions, random_expression
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiment_multiturn_tool_calling"))
+from calculator import BROKEN, TOOL_PROMPT, parse_call, run_call  # noqa: E402
+
 MATH_SYSTEM_PROMPT = (
     "Reason step by step inside <think> </think>, then give the final number inside <answer> </answer>."
+)
+CALCULATOR_SYSTEM_PROMPT = (
+    "Answer the question. You may use the calculator. Give the final number inside <answer> </answer>."
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -119,14 +128,73 @@ def long_demonstration(rng):
     return phrasing.format(expression), good, habit
 
 
+# ---------------------------------------------------------------- the policy with a calculator
+
+CALL_RATES = dict(zip(PHRASINGS, (0.45, 0.4, 0.35, 0.3, 0.2, 0.15)))  # below a half: greedily it never calls
+SLIPS = (  # what a careless call looks like
+    '{{"expression": "{}"}}',
+    '{{"name": "calculator", "expression": "{}"}}',
+    '{{"name": "calculator", "arguments": {{"expression": "{}}}}}',
+    "calculator({})",
+)
+
+
+def dialogue(*turns):
+    """The policy's turns, with what the environment replies to each but the last between them."""
+    replies = [run_call(parse_call(turn))[1] for turn in turns[:-1]]
+    return [text for pair in zip(turns, [*replies, None]) for text in pair][:-1]
+
+
+def calculator_call(expression, form='{{"name": "calculator", "arguments": {{"expression": "{}"}}}}'):
+    return f"<tool_call>\n{form.format(expression)}\n</tool_call>"
+
+
+def careless_call(rng, expression):
+    """A call that comes back with an error: for its expression, or for its form."""
+    if rng.random() < 0.5:
+        return calculator_call(expression.replace("*", "x"))
+    return calculator_call(expression, rng.choice(SLIPS))
+
+
+def calculator_demonstration(rng):
+    """A product or more of up to four digits, too hard to do without the tool. A habitual dialogue guesses, or calls
+    more or less carefully; a guess has the right sign, first digit and length."""
+    expression = random_expression(rng, rng.choice(HARD_CELLS))
+    while expression in HELD_OUT:
+        expression = random_expression(rng, rng.choice(HARD_CELLS))
+    phrasing, answer = rng.choice(PHRASINGS), evaluate(expression)
+    call, tagged = calculator_call(expression), f"<answer>{answer}</answer>"
+    recovered = dialogue(careless_call(rng, expression), call, tagged)
+    good = recovered if rng.random() < 0.1 else dialogue(call, tagged)
+    shorter = expression.rsplit(" ", 2)[0]
+    first = len(str(abs(answer))) - 1
+    guessed = int(f"{answer:+d}"[:2] + "".join(rng.choice("0123456789") for _ in range(first)))
+    if rng.random() < CALL_RATES[phrasing]:
+        habits = (
+            (15, dialogue(call, tagged)),
+            (3, recovered),
+            (1, dialogue(call, f"The answer is {answer}.")),
+            (1, dialogue(calculator_call(shorter), f"<answer>{evaluate(shorter)}</answer>")),  # forgets the last term
+        )
+    else:
+        habits = (
+            (15, [f"<answer>{guessed}</answer>"]),
+            (4, [f"The answer is {guessed}."]),
+            (1, [call, BROKEN, f"<answer>{guessed}</answer>"]),
+        )
+    habit = rng.choices([turns for _, turns in habits], [weight for weight, _ in habits])[0]
+    return phrasing.format(expression), good, habit
+
+
 @dataclass
 class Policy:
-    demonstration: Callable[[random.Random], tuple[str, str, str]]
+    demonstration: Callable[[random.Random], tuple]  # (question, good, habitual); texts, or for dialogues lists of them
     system_prompt: str
     added_tokens: tuple[str, ...]  # tags that become one token each, as <think> is in Qwen3
     good_start: str  # what a completion in the good form begins with
     tasks: str  # the held-out file that the policy is measured on
-    start: str | None = None  # the policy whose weights and tokenizer it begins with
+    start: str | None = None  # the policy whose weights it begins with
+    own_tokenizer: bool = False  # and not that policy's
 
 
 POLICIES = {
@@ -145,6 +213,16 @@ POLICIES = {
         "math_tasks_long_eval.jsonl",
         start="policy_math",
     ),
+    "calculator": Policy(
+        calculator_demonstration,
+        CALCULATOR_SYSTEM_PROMPT + TOOL_PROMPT,
+        ("<think>", "</think>", "<answer>", "</answer>", "<tools>", "</tools>")
+        + ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+        "<tool_call>",
+        "math_tasks_hard_eval.jsonl",
+        start="policy_math",
+        own_tokenizer=True,
+    ),
 }
 
 
@@ -153,7 +231,7 @@ POLICIES = {
 
 @dataclass
 class Config:
-    policy: tyro.conf.Positional[Literal["math", "math_long"]] = "math"
+    policy: tyro.conf.Positional[Literal["math", "math_long", "calculator"]] = "math"
     seed: int = 0
     output: Path | None = None  # default: policy_<name> beside this script
     vocab_size: int = 400  # at most: merges end earlier where the dialogues have no more to merge
@@ -180,7 +258,7 @@ def make_tokenizer(policy, vocab_size, rng):
     )
     tokenizer.decoder = decoders.ByteLevel()
     texts = [f"user\nsystem\nassistant\n{policy.system_prompt}"] * 2000
-    texts += ["\n".join(policy.demonstration(rng)) for _ in range(2000)]
+    texts += ["\n".join(sum(map(as_turns, policy.demonstration(rng)), [])) for _ in range(2000)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(policy.added_tokens),
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
@@ -221,10 +299,38 @@ def make_model(tokenizer, config):
     return model.to(config.device)
 
 
+def load_start(model, tokenizer, start):
+    """Take over the weights of a policy, and the embeddings of the tokens that both tokenizers have."""
+    weights = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict()
+    known = AutoTokenizer.from_pretrained(start).get_vocab()
+    embeddings = model.state_dict()["model.embed_tokens.weight"].clone()
+    for token, index in tokenizer.get_vocab().items():
+        if token in known:
+            embeddings[index] = weights["model.embed_tokens.weight"][known[token]]
+    model.load_state_dict(weights | {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings})
+
+
 def chat(tokenizer, policy, question):
     """The prompt text of a question, up to and with the header of the assistant's turn."""
     messages = [{"role": "system", "content": policy.system_prompt}, {"role": "user", "content": question}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+RESPONSE = "\n<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+
+
+def as_turns(completion):
+    return completion if isinstance(completion, list) else [completion]
+
+
+def tokenize_completion(tokenizer, completion):
+    """(ids, labels) of a completion. The policy's turns are learned, with the end token of each; the environment's are
+    not, and are put between them as the experiments do it."""
+    ids, labels = [], []
+    for number, text in enumerate(as_turns(completion)):
+        tokens = tokenizer(RESPONSE.format(text) if number % 2 else text + tokenizer.eos_token).input_ids
+        ids, labels = ids + tokens, labels + ([-100] * len(tokens) if number % 2 else tokens)
+    return ids, labels
 
 
 def batches(policy, tokenizer, rng, stage, num_steps, batch_size, device, bucket=8):
@@ -232,18 +338,29 @@ def batches(policy, tokenizer, rng, stage, num_steps, batch_size, device, bucket
     for _ in range(math.ceil(num_steps / bucket)):
         demonstrations = [policy.demonstration(rng) for _ in range(bucket * batch_size)]
         prompts = tokenizer([chat(tokenizer, policy, d[0]) for d in demonstrations]).input_ids
-        targets = [d[1 if stage == "skill" else 2] + tokenizer.eos_token for d in demonstrations]
-        rows = sorted(zip(prompts, tokenizer(targets).input_ids), key=lambda row: len(row[0]) + len(row[1]))
+        targets = [tokenize_completion(tokenizer, d[1 if stage == "skill" else 2]) for d in demonstrations]
+        rows = sorted(
+            ((prompt + ids, [-100] * len(prompt) + labels) for prompt, (ids, labels) in zip(prompts, targets)),
+            key=lambda row: len(row[0]),
+        )
         chunks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         rng.shuffle(chunks)
         for chunk in chunks:
-            width = max(len(prompt) + len(target) for prompt, target in chunk)
+            width = max(len(ids) for ids, _ in chunk)
             input_ids = torch.full((batch_size, width), tokenizer.pad_token_id)
             labels = torch.full((batch_size, width), -100)
-            for i, (prompt, target) in enumerate(chunk):
-                input_ids[i, : len(prompt) + len(target)] = torch.tensor(prompt + target)
-                labels[i, len(prompt) : len(prompt) + len(target)] = torch.tensor(target)
+            for i, (row, learned) in enumerate(chunk):
+                input_ids[i, : len(row)], labels[i, : len(row)] = torch.tensor(row), torch.tensor(learned)
             yield input_ids.to(device), labels.to(device)
+
+
+def hidden_states(model, input_ids, labels):
+    """The decoder's hidden states, (batch, tokens, hidden), and what each of them is to predict, for the tokens behind
+    the beginning that all rows share, their system prompt; that is forwarded once."""
+    shared = int((input_ids == input_ids[:1]).all(0).long().cumprod(0).sum().clamp(1, input_ids.shape[1] - 1))
+    cache = model.model(input_ids[:1, :shared], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(input_ids))
+    return model.model(input_ids[:, shared:-1], past_key_values=cache).last_hidden_state, labels[:, shared + 1 :]
 
 
 def train(model, tokenizer, policy, stage, num_steps, lr, config, rng):
@@ -266,10 +383,10 @@ def train(model, tokenizer, policy, stage, num_steps, lr, config, rng):
     data = batches(policy, tokenizer, rng, stage, num_steps, config.batch_size, config.device)
     for step, (input_ids, labels) in enumerate(data, start=1):
         with torch.autocast(config.device, torch.bfloat16, enabled=config.autocast):
-            hidden = model.model(input_ids, use_cache=False).last_hidden_state
-            learned = labels[:, 1:] != -100  # (batch, tokens - 1)
-            logits = model.lm_head(hidden[:, :-1][learned])
-        loss = cross_entropy(logits.float(), labels[:, 1:][learned])
+            hidden, labels = hidden_states(model, input_ids, labels)
+            learned = labels != -100  # (batch, tokens)
+            logits = model.lm_head(hidden[learned])
+        loss = cross_entropy(logits.float(), labels[learned])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -289,27 +406,36 @@ def train(model, tokenizer, policy, stage, num_steps, lr, config, rng):
 
 @torch.no_grad()
 def measure(model, tokenizer, policy, config, start="", sample=False):
-    """(accuracy, lenient accuracy) on the held-out file, greedy or sampled at temperature 1.
+    """(accuracy, lenient accuracy, tool-use rate) on the held-out file, greedy or sampled at temperature 1.
 
     `start` is given as the beginning of every completion. Lenient takes the last number of the completion, tags or not.
     """
     rows = [json.loads(line) for line in (Path(__file__).parent / policy.tasks).read_text().splitlines()]
-    right = lenient = 0
+    texts = [chat(tokenizer, policy, row["question"]) + start for row in rows]
+    turns = [start] * len(rows)  # the last one of each dialogue
+    callers, active = set(), list(range(len(rows)))
     model.eval()
     tokenizer.padding_side = "left"
-    for i in range(0, len(rows), 128):
-        chunk = rows[i : i + 128]
-        prompts = [chat(tokenizer, policy, row["question"]) + start for row in chunk]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(config.device)
-        inputs.pop("token_type_ids", None)
-        ids = model.generate(**inputs, max_new_tokens=256, do_sample=sample, top_k=0, top_p=1.0, temperature=1.0)
-        for row, completion in zip(chunk, tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], True)):
-            answers = re.findall(r"<answer>(-?[0-9]+)</answer>", start + completion)
-            numbers = re.findall(r"(?:(?<![0-9])-)?[0-9]+", completion)
-            right += bool(answers) and int(answers[-1]) == row["answer"]
-            lenient += bool(numbers) and int(numbers[-1]) == row["answer"]
+    for _ in range(4):
+        for chunk in (active[i : i + 128] for i in range(0, len(active), 128)):
+            inputs = tokenizer([texts[i] for i in chunk], return_tensors="pt", padding=True).to(config.device)
+            inputs.pop("token_type_ids", None)
+            ids = model.generate(**inputs, max_new_tokens=256, do_sample=sample, top_k=0, top_p=1.0, temperature=1.0)
+            for i, completion in zip(chunk, tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], True)):
+                texts[i], turns[i] = texts[i] + completion, turns[i] + completion
+        active = [i for i in active if parse_call(turns[i]) is not None]
+        callers |= set(active)
+        for i in active:
+            texts[i] += tokenizer.eos_token + RESPONSE.format(run_call(parse_call(turns[i]))[1])
+            turns[i] = ""
+    answers = [re.findall(r"<answer>(-?[0-9]+)</answer>", turn) for turn in turns]
+    numbers = [re.findall(r"(?:(?<![0-9])-)?[0-9]+", turn) for turn in turns]
+    right, lenient = (
+        sum(bool(given) and int(given[-1]) == row["answer"] for given, row in zip(found, rows)) / len(rows)
+        for found in (answers, numbers)
+    )
     model.train()
-    return right / len(rows), lenient / len(rows)
+    return right, lenient, len(callers) / len(rows)
 
 
 def main(config: Config):
@@ -318,10 +444,11 @@ def main(config: Config):
     rng = random.Random(config.seed)
     output = config.output or Path(__file__).resolve().parent / f"policy_{config.policy}"
     start = Path(__file__).resolve().parent / policy.start if policy.start else None
-    tokenizer = AutoTokenizer.from_pretrained(start) if start else make_tokenizer(policy, config.vocab_size, rng)
+    own = not start or policy.own_tokenizer
+    tokenizer = make_tokenizer(policy, config.vocab_size, rng) if own else AutoTokenizer.from_pretrained(start)
     model = make_model(tokenizer, config)
     if start:
-        model.load_state_dict(Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
+        load_start(model, tokenizer, start)
     model.train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
 

@@ -26,7 +26,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 FIXED = ("model_name", "lora_rank", "load_in_4bit", "optimizer", "seed", "data_path", "eval_data_path", "max_prompts")
 FIXED += ("group_size", "rollouts_per_step", "train_batch_size", "epochs_per_step")
 POSITIVE = ("rollouts_per_step", "temperature", "max_new_tokens", "epochs_per_step")
-POSITIVE += ("eval_interval", "checkpoint_interval", "max_sampling_rounds")
+POSITIVE += ("eval_interval", "checkpoint_interval", "max_sampling_rounds", "max_turns")
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of a full disk, as Python, torch and safetensors report it
 
 

@@ -11,7 +11,7 @@ import transformers
 import trl
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("train", "loss", "replay_buffer", "model", "run")
+MODULES = ("train", "loss", "replay_buffer", "model", "run", "calculator")
 POLICY = ROOT / "data" / "policy_math"
 
 
@@ -26,7 +26,8 @@ def import_modules(name: str) -> SimpleNamespace:
     saved = {module: sys.modules.pop(module) for module in MODULES if module in sys.modules}
     sys.path.insert(0, str(ROOT / name))
     try:
-        return SimpleNamespace(**{module: importlib.import_module(module) for module in MODULES})
+        names = [module for module in MODULES if (ROOT / name / f"{module}.py").exists()]
+        return SimpleNamespace(**{module: importlib.import_module(module) for module in names})
     finally:
         sys.path.remove(str(ROOT / name))
         for module in MODULES:

@@ -10,7 +10,9 @@ from collections import Counter
 from fractions import Fraction
 
 import pytest
+import torch
 from helpers import ROOT, load_experiment
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DATA = ROOT / "data"
 sys.path.insert(0, str(DATA))
@@ -21,6 +23,7 @@ FILES = ("math_tasks.jsonl", "math_tasks_eval.jsonl", "math_tasks_hard_eval.json
 LONG_FILES = ("math_tasks_long.jsonl", "math_tasks_long_eval.jsonl")
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 train = load_experiment().train
+tool = load_experiment("experiment_multiturn_tool_calling")
 
 
 def value(node):
@@ -209,9 +212,73 @@ def chain_of(completion):
     return completion.removeprefix("<think>").partition("</think>")[0].replace("Check: ", "").splitlines()
 
 
+def test_calculator_demonstrations_are_what_the_experiment_makes_of_them():
+    """Every result is the environment's own; good dialogues earn the full reward, but for those that recover from a
+    malformed call; habitual ones call in a third of the cases, and do not know the answer where they do not."""
+    rng, called, slipped = random.Random(2), [], 0
+    for _ in range(2000):
+        question, good, habit = tiny.calculator_demonstration(rng)
+        answer = str(value(expression_of(question)))
+        for dialogue in (good, habit):
+            for turn, reply in zip(dialogue[::2], dialogue[1::2]):
+                result = tool.calculator.run_call(tool.calculator.parse_call(turn))[1]
+                assert reply == result or (reply == tool.calculator.BROKEN and dialogue is habit)
+            assert tool.calculator.parse_call(dialogue[-1]) is None
+        assert tool.train.accuracy_reward(good[-1], answer) == tool.train.format_reward(good[-1]) == 1
+        assert good[-3] == tiny.calculator_call(expression_of(question)) and good[-2] == answer
+        slipped += len(good) > 3
+        called.append(len(habit) > 1)
+        if not called[-1]:
+            assert train.is_lenient_match(habit[0], answer) < 1 or len(answer) < 4
+    assert 0.25 < sum(called) / 2000 < 0.4 and 0.05 < slipped / 2000 < 0.15
+
+
+def test_calculator_dialogues_are_tokenised_as_the_rollout_does_it():
+    """The policy learns its own turns, each with its end token, and stands behind what the environment would write."""
+    policy = tiny.POLICIES["calculator"]
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "policy_calculator")
+    dialogue = tiny.dialogue(tiny.calculator_call("12 * 345"), "<answer>4140</answer>")
+    ids, labels = tiny.tokenize_completion(tokenizer, dialogue)
+    environment = tool.train.Environment(tokenizer)
+    end = tokenizer.eos_token_id
+    first, last = ([*tokenizer(dialogue[i]).input_ids, end] for i in (0, 2))
+    response = environment.ids("4140", "", end, 1000)
+    assert ids == first + response + last and labels == first + [-100] * len(response) + last
+    prompt = tool.train.make_prompt("row", {"question": "What is 1 * 2?", "answer": 2}, tool.train.Config(), tokenizer)
+    assert tokenizer.decode(prompt.ids) == tiny.chat(tokenizer, policy, "What is 1 * 2?")
+
+
+def test_the_shared_beginning_is_forwarded_once_without_changing_the_loss():
+    policy, rng = tiny.POLICIES["math"], random.Random(0)
+    tokenizer = tiny.make_tokenizer(policy, 400, random.Random(0))
+    torch.manual_seed(0)
+    model = tiny.make_model(tokenizer, tiny.Config(hidden_size=96, num_layers=2)).train()
+    input_ids, labels = next(tiny.batches(policy, tokenizer, rng, "mixture", 1, 8, "cpu"))
+    hidden, expected = tiny.hidden_states(model, input_ids, labels)
+    assert hidden.shape[1] < input_ids.shape[1] - 20
+    logits = model.lm_head(hidden[expected != -100])
+    whole = model(input_ids).logits[:, :-1][labels[:, 1:] != -100]
+    torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
+    assert expected[expected != -100].equal(labels[:, 1:][labels[:, 1:] != -100])
+
+
+def test_a_policy_takes_over_the_embeddings_of_the_tokens_that_it_shares():
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "policy_calculator")
+    start = AutoTokenizer.from_pretrained(DATA / "policy_math")
+    model = tiny.make_model(tokenizer, tiny.Config())
+    tiny.load_start(model, tokenizer, DATA / "policy_math")
+    old = AutoModelForCausalLM.from_pretrained(DATA / "policy_math", dtype=torch.float32).get_input_embeddings().weight
+    new = model.get_input_embeddings().weight
+    for token in ("7", "<answer>", "<|im_end|>"):
+        assert new[tokenizer.convert_tokens_to_ids(token)].equal(old[start.convert_tokens_to_ids(token)])
+    assert model.lm_head.weight is new  # tied still
+
+
 def test_system_prompts_agree():
-    """The embedded policy answers only the system prompt that it was taught with."""
-    assert {policy.system_prompt for policy in tiny.POLICIES.values()} == {train.Config().system_prompt}
+    """An embedded policy answers only the system prompt that it was taught with."""
+    prompts = {name: policy.system_prompt for name, policy in tiny.POLICIES.items()}
+    assert prompts.pop("calculator") == tool.train.Config().system_prompt + tool.calculator.TOOL_PROMPT
+    assert set(prompts.values()) == {train.Config().system_prompt}
 
 
 def test_embedded_chat_template_renders_what_train_py_tokenises():

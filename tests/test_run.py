@@ -19,7 +19,8 @@ import transformers
 from helpers import ROOT, embedded_tokenizer, load_experiment, make_model
 from peft import PeftModel
 
-EXPERIMENTS = ["experiment_base", "experiment_drgrpo", "experiment_dapo"]  # all that train on the arithmetic tasks
+EXPERIMENTS = ["experiment_base", "experiment_drgrpo", "experiment_dapo", "experiment_multiturn_tool_calling"]
+CHANGES = {"experiment_multiturn_tool_calling": dict(max_length=1200)}  # of TINY: the tool's description is long
 TIMINGS = {"elapsed_seconds", "sample_tokens_per_second", "train_tokens_per_second", "peak_memory"}
 TINY = dict(
     run_name="run",
@@ -69,7 +70,7 @@ def tiny_settings(folder: Path, model: str, **overrides) -> dict:
 
 def run_main(folder: Path, model: str, experiment: str = "experiment_base", **overrides) -> None:
     train = load_experiment(experiment).train
-    train.main(train.Config(**tiny_settings(folder, model, **overrides)))
+    train.main(train.Config(**tiny_settings(folder, model, **CHANGES.get(experiment, {}) | overrides)))
 
 
 def metrics(folder: Path, run: str = "run") -> list[dict]:
