@@ -195,6 +195,9 @@ class Policy:
     tasks: str  # the held-out file that the policy is measured on
     start: str | None = None  # the policy whose weights it begins with
     own_tokenizer: bool = False  # and not that policy's
+    # The learned tokens of a row in the mixture, about. A batch's loss is divided by them where they are given, else by
+    # its own tokens; then those of short rows, which go into a batch together, weigh more, and short habits spread.
+    mixture_tokens: int | None = None
 
 
 POLICIES = {
@@ -222,6 +225,7 @@ POLICIES = {
         "math_tasks_hard_eval.jsonl",
         start="policy_math",
         own_tokenizer=True,
+        mixture_tokens=25,
     ),
 }
 
@@ -234,6 +238,7 @@ class Config:
     policy: tyro.conf.Positional[Literal["math", "math_long", "calculator"]] = "math"
     seed: int = 0
     output: Path | None = None  # default: policy_<name> beside this script
+    start: Path | None = None  # a policy to go on from, with its tokenizer; default: what the policy says
     vocab_size: int = 400  # at most: merges end earlier where the dialogues have no more to merge
     hidden_size: int = 192
     num_layers: int = 4
@@ -386,7 +391,9 @@ def train(model, tokenizer, policy, stage, num_steps, lr, config, rng):
             hidden, labels = hidden_states(model, input_ids, labels)
             learned = labels != -100  # (batch, tokens)
             logits = model.lm_head(hidden[learned])
-        loss = cross_entropy(logits.float(), labels[learned])
+        loss = cross_entropy(logits.float(), labels[learned], reduction="sum")
+        constant = policy.mixture_tokens if stage == "mixture" else None
+        loss = loss / (constant * config.batch_size if constant else learned.sum())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -443,8 +450,8 @@ def main(config: Config):
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     output = config.output or Path(__file__).resolve().parent / f"policy_{config.policy}"
-    start = Path(__file__).resolve().parent / policy.start if policy.start else None
-    own = not start or policy.own_tokenizer
+    start = config.start or (Path(__file__).resolve().parent / policy.start if policy.start else None)
+    own = not start or (policy.own_tokenizer and not config.start)
     tokenizer = make_tokenizer(policy, config.vocab_size, rng) if own else AutoTokenizer.from_pretrained(start)
     model = make_model(tokenizer, config)
     if start:

@@ -244,7 +244,7 @@ class Run:
             self.warn_once("the TensorBoard log", error)
         if self.wandb:
             self.wandb.finish()
-        names = ("eval_accuracy", "eval_accuracy_lenient")
+        names = [name for name in before if name != "eval_count"]
         gains = ", ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in names)
         print(f"\nheld out ({after['eval_count']} prompts): {gains}, in {seconds:.0f} s")
         print(f"logs: {self.log_dir} (tensorboard --logdir {self.log_dir.parent}); checkpoint: {self.last_checkpoint}")

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 import tyro
 from calculator import TOOL_PROMPT, parse_call, run_call
+from kv_cache import keys_and_values, prefill
 from loss import GRPOLoss, loss_metrics, masked_mean
 from model import as_reference, autocast, can_pack, end_token_ids, load_model, load_tokenizer, make_optimizer
 from model import out_of_memory_names, peak_memory, resolve, unwrap
@@ -236,7 +237,7 @@ class Environment:
 
 # ---------------------------------------------------------------- sampling
 @torch.inference_mode()
-def sample(policy, histories: list[list[int]], ends: set[int], config: Config, generator=None):
+def sample(policy, histories: list[list[int]], ends: set[int], memory: dict | None, config: Config, generator=None):
     """Sample the next turn of every history, or take the likeliest tokens where there is no generator.
 
     A plain softmax at `temperature`, whatever top_k, top_p or penalty the checkpoint's generation config asks for: the
@@ -245,19 +246,14 @@ def sample(policy, histories: list[list[int]], ends: set[int], config: Config, g
     """
     device = policy.device
     rows = {history: row for row, history in enumerate(dict.fromkeys(map(tuple, histories)))}
-    width, ends = max(map(len, rows)), torch.tensor(sorted(ends), device=device)
-    input_ids = torch.tensor([[0] * (width - len(ids)) + [*ids] for ids in rows], device=device)  # padded on the left
-    lengths = torch.tensor([len(ids) for ids in rows], device=device)  # (rows,)
-    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # from lengths, never from ids
     prefix = torch.tensor([rows[tuple(history)] for history in histories], device=device)  # (turns,) row in the cache
     ids = torch.zeros(len(prefix), config.max_new_tokens, dtype=torch.long, device=device)  # (turns, new tokens)
     log_probs = torch.zeros(ids.shape, device=device)  # (turns, new tokens)
     counts = torch.zeros_like(prefix)  # (turns,) tokens so far
     alive = torch.arange(len(prefix), device=device)  # the turns that still grow; `prefix` is kept for them
     with autocast(config, device, sampling=True):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (rows, width)
-        output = policy(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        cache, logits, vocabulary = output.past_key_values, output.logits, output.logits.shape[-1]
+        cache, mask, logits = prefill(policy, [*rows], memory)
+        lengths, vocabulary = mask.sum(-1), logits.shape[-1]  # (rows,)
         for t in range(config.max_new_tokens):
             next_log_probs = (logits[:, -1].float() / config.temperature).log_softmax(-1)[prefix]  # (alive, vocabulary)
             if generator is None:
@@ -266,7 +262,10 @@ def sample(policy, histories: list[list[int]], ends: set[int], config: Config, g
                 tokens = torch.multinomial(next_log_probs.exp(), 1, generator=generator)[:, 0]  # (alive,)
             ids[alive, t], log_probs[alive, t] = tokens, next_log_probs.gather(1, tokens[:, None])[:, 0]
             counts[alive] += 1
-            going = ~torch.isin(tokens, ends)
+            going = ~torch.isin(tokens, torch.tensor(sorted(ends), device=device))
+            if memory is not None:
+                for i, row in zip(alive[~going].tolist(), prefix[~going].tolist()):
+                    memory[(*histories[i], *ids[i, :t].tolist())] = keys_and_values(cache, row, mask[row].bool())
             alive, tokens, prefix = alive[going], tokens[going], prefix[going]
             if len(alive) == 0 or t + 1 == config.max_new_tokens:
                 break
@@ -309,19 +308,24 @@ class Trajectories(Experience):
 @out_of_memory_names("sample_rows")
 def rollout(policy, tokenizer, prompts, group_size: int, config: Config, generator=None, tool_works: bool = True):
     """Trajectories, `group_size` for every prompt; greedy without a generator. In each turn all that are still active
-    are sampled together."""
+    are sampled together, behind the KV cache of the turns before."""
     policy.eval()
     environment = Environment(tokenizer)
     ends = {environment.end_of_turn, *end_token_ids(policy, tokenizer)}
+    has_memory = can_pack(unwrap(policy).config, 2 * config.max_length)  # the cache has gaps, which no window may count
     trajectories = [Trajectory(prompt) for prompt in prompts for _ in range(group_size)]
-    for turns_left in reversed(range(config.max_turns)):
-        active = [trajectory for trajectory in trajectories if trajectory.status == "active"]
-        for chunk in (active[i : i + config.sample_rows] for i in range(0, len(active), config.sample_rows)):
-            histories = [trajectory.prompt.ids + trajectory.ids for trajectory in chunk]
-            for trajectory, ids, log_probs in zip(chunk, *sample(policy, histories, ends, config, generator)):
+    for chunk in (trajectories[i : i + config.sample_rows] for i in range(0, len(trajectories), config.sample_rows)):
+        active, memory = chunk, {} if has_memory else None
+        for turns_left in reversed(range(config.max_turns)):
+            histories = [trajectory.prompt.ids + trajectory.ids for trajectory in active]
+            turns = sample(policy, histories, ends, memory, config, generator)
+            for trajectory, ids, log_probs in zip(active, *turns):
                 trajectory.append(ids.tolist(), log_probs.tolist())
                 trajectory.turns.append(tokenizer.decode(ids, skip_special_tokens=True))
                 respond(trajectory, environment, ends, turns_left, config, tool_works)
+            active = [trajectory for trajectory in active if trajectory.status == "active"]
+            if not active:
+                break
     groups = (trajectories[i : i + group_size] for i in range(0, len(trajectories), group_size))
     return [make_experience(group) for group in groups]
 

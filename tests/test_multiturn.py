@@ -1,11 +1,13 @@
 """Trajectories of several turns: exact log-probs, masks, real chat templates, budgets, rewards, figures."""
 
 import ast
+import itertools
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from helpers import ARCHITECTURES, ROOT, chat_template, load_experiment, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +38,13 @@ def encode(text, tokenizer=QWEN):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def scripted(next_logits):
+    """A ScriptedPolicy, whose cache cannot be kept from turn to turn."""
+    policy = ScriptedPolicy(next_logits)
+    policy.config = transformers.Gemma3TextConfig(sliding_window=1)
+    return policy
+
+
 def plays(scripts: dict, header=HEADER, tokenizer=QWEN):
     """A policy that says, turn by turn, what the script of its prompt says: {tuple of prompt ids: [ids of a turn]}."""
     header = encode(header, tokenizer)
@@ -52,7 +61,7 @@ def plays(scripts: dict, header=HEADER, tokenizer=QWEN):
             rest = rest[begin + len(header) :]
         raise AssertionError("the script has no further turn")
 
-    return ScriptedPolicy(next_logits)
+    return scripted(next_logits)
 
 
 def play(*dialogues, tokenizer=QWEN, header=HEADER, **changes):
@@ -201,6 +210,38 @@ def test_sample_rows_bounds_each_turn(sample_rows, monkeypatch):
     experiences, _ = random_trajectories(make_model(), monkeypatch, sample_rows=sample_rows)
     assert max(sizes) == min(sample_rows, 24) and len(experiences) == 3
     assert all(t.status != "active" for e in experiences for t in e.trajectories)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+def test_remembered_turns_and_turns_that_are_prefilled_anew_agree(architecture, monkeypatch):
+    """The same ids from the same random numbers. Bugs: a gap in the cache that is seen, positions that count it, the
+    cache of another row."""
+    model = make_model(architecture)
+    remembered, _ = random_trajectories(model, monkeypatch)
+    monkeypatch.setattr(train, "can_pack", lambda *_: False)
+    anew, _ = random_trajectories(model, monkeypatch)
+    for one, other in zip(remembered, anew):
+        assert [t.ids for t in one.trajectories] == [t.ids for t in other.trajectories]
+        for a, b in zip(one.sampled_log_probs, other.sampled_log_probs):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_a_turn_forwards_what_is_new_and_nothing_else(monkeypatch):
+    model, shapes = make_model(), []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda ids, **arguments: shapes.append(tuple(ids.shape)) or forward(ids, **arguments)
+    )
+    experiences, _ = random_trajectories(model, monkeypatch)
+    replies = [[] for _ in range(3)]  # tokens of the first, second and third result of every trajectory, and one more:
+    for trajectory in (t for e in experiences for t in e.trajectories):  # the end of the turn, sampled, not forwarded
+        runs = [len([*run]) for sampled, run in itertools.groupby(trajectory.mask) if not sampled]
+        for turn, length in enumerate(runs):
+            replies[turn].append(length + 1)
+    prefills = [shape for shape in shapes if shape[1] > 1]
+    assert prefills[:2] == [(1, 4), (3, 26)]  # what the prompts of 5, 17 and 30 tokens begin with, and the rest
+    assert [width for _, width in prefills[2:]] == [max(lengths) for lengths in replies]
+    assert all(rows <= len(lengths) for (rows, _), lengths in zip(prefills[2:], replies))
 
 
 def test_equal_histories_are_prefilled_once():
@@ -511,7 +552,7 @@ def test_evaluation_with_and_without_the_tool():
         scripts[1][1] = wrong if calculator.BROKEN in text else right
         return plays({tuple(p.ids): turns for p, turns in zip(prompts, scripts)}).next_logits(row)
 
-    figures = train.evaluate(ScriptedPolicy(next_logits), QWEN, prompts, config_of())
+    figures = train.evaluate(scripted(next_logits), QWEN, prompts, config_of())
     assert figures == pytest.approx(
         {
             "eval_accuracy": 0.5,
@@ -571,7 +612,7 @@ def test_adapters_and_4_bit_weights_train(kind, experiment_name, tmp_path, model
     module = load_experiment(experiment_name).train
     monkeypatch.setattr(module, "accuracy_reward", fingerprint)
     random_tool(monkeypatch, longest_result=5)
-    run_main(tmp_path, model, experiment_name, max_new_tokens=12, **kind)
+    run_main(tmp_path, model, experiment_name, max_new_tokens=12, train_batch_size=16, **kind)
     logged = metrics(tmp_path)
     assert logged[1]["kl"] == 0 and logged[2]["kl"] > 0 and logged[2]["turns"] > 1.5
     assert all(line["max_log_prob_gap"] < 1e-3 for line in logged[1:])
