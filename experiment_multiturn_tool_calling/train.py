@@ -212,8 +212,9 @@ class Environment:
         chat = [{"role": "user", "content": "."}, {"role": "assistant", "content": "TURN"}, result]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **DATE)
         self.before, self.after = text.rpartition("TURN")[2].split("RESULT")
-        self.end_of_turn = self.encode("")[0]
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+        first, known = self.encode("")[0], tokenizer.added_tokens_decoder
+        self.end_of_turn = {first} & {*known}  # none where the template ends a turn by plain text
+        added = [token.content for token in known.values() if token.content.strip()]
         tags = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
         self.special = re.compile("|".join(map(re.escape, sorted({*added, *tags}, key=len, reverse=True))))
 
@@ -244,7 +245,7 @@ def sample(policy, histories: list[list[int]], ends: set[int], memory: dict | No
     loss takes the log-probs of this distribution. Histories that agree are one row of the KV cache as long as they do.
     Finished turns leave. Returns ids (through the end token) and log-probs, a list of (tokens,) each.
     """
-    device = policy.device
+    device, ends = policy.device, torch.tensor(sorted(ends), device=policy.device)
     rows = {history: row for row, history in enumerate(dict.fromkeys(map(tuple, histories)))}
     prefix = torch.tensor([rows[tuple(history)] for history in histories], device=device)  # (turns,) row in the cache
     ids = torch.zeros(len(prefix), config.max_new_tokens, dtype=torch.long, device=device)  # (turns, new tokens)
@@ -262,7 +263,7 @@ def sample(policy, histories: list[list[int]], ends: set[int], memory: dict | No
                 tokens = torch.multinomial(next_log_probs.exp(), 1, generator=generator)[:, 0]  # (alive,)
             ids[alive, t], log_probs[alive, t] = tokens, next_log_probs.gather(1, tokens[:, None])[:, 0]
             counts[alive] += 1
-            going = ~torch.isin(tokens, torch.tensor(sorted(ends), device=device))
+            going = ~torch.isin(tokens, ends)
             if memory is not None:
                 for i, row in zip(alive[~going].tolist(), prefix[~going].tolist()):
                     memory[(*histories[i], *ids[i, :t].tolist())] = keys_and_values(cache, row, mask[row].bool())
@@ -311,7 +312,7 @@ def rollout(policy, tokenizer, prompts, group_size: int, config: Config, generat
     are sampled together, behind the KV cache of the turns before."""
     policy.eval()
     environment = Environment(tokenizer)
-    ends = {environment.end_of_turn, *end_token_ids(policy, tokenizer)}
+    ends = environment.end_of_turn | {*end_token_ids(policy, tokenizer)}
     has_memory = can_pack(unwrap(policy).config, 2 * config.max_length)  # the cache has gaps, which no window may count
     trajectories = [Trajectory(prompt) for prompt in prompts for _ in range(group_size)]
     for chunk in (trajectories[i : i + config.sample_rows] for i in range(0, len(trajectories), config.sample_rows)):

@@ -338,6 +338,13 @@ def test_the_templates_end_of_turn_ends_a_turn_though_nobody_names_it():
     assert trajectory.status == "answered" and len(trajectory.turns) == 2 and trajectory.ids.count(END) == 3
 
 
+def test_a_template_that_ends_turns_by_plain_text_ends_none():
+    """Bug: the first token of that text, a newline say, taken for the end of every turn."""
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    environment = train.Environment(tokenizer)
+    assert environment.before == "\nuser: <tool_response>\n" and environment.end_of_turn == set()
+
+
 # ---------------------------------------------------------------- results
 @pytest.fixture
 def result(monkeypatch):
