@@ -174,7 +174,11 @@ def test_demonstrations_never_show_a_held_out_expression(policy, monkeypatch):
     held_out = tasks.held_out_expressions()
     assert len(held_out) > 1024 and not shown() & held_out
     monkeypatch.setattr(tiny, "HELD_OUT", set())
-    assert len(shown() & held_out) > 30  # so the draw above would have met them, had they not been refused
+    if policy != "calculator":  # it draws from millions of expressions
+        assert len(shown() & held_out) > 30  # so the draw above would have met them, had they not been refused
+    first = expression_of(tiny.POLICIES[policy].demonstration(random.Random(1))[0])
+    monkeypatch.setattr(tiny, "HELD_OUT", {first})
+    assert expression_of(tiny.POLICIES[policy].demonstration(random.Random(1))[0]) != first
 
 
 def test_demonstrations_in_the_good_form_earn_the_full_reward():
@@ -215,7 +219,7 @@ def chain_of(completion):
 def test_calculator_demonstrations_are_what_the_experiment_makes_of_them():
     """Every result is the environment's own; good dialogues earn the full reward, but for those that recover from a
     malformed call; habitual ones call in a third of the cases, and do not know the answer where they do not."""
-    rng, called, slipped = random.Random(2), [], 0
+    rng, called, slipped, known = random.Random(2), [], 0, 0
     for _ in range(2000):
         question, good, habit = tiny.calculator_demonstration(rng)
         answer = str(value(expression_of(question)))
@@ -228,9 +232,8 @@ def test_calculator_demonstrations_are_what_the_experiment_makes_of_them():
         assert good[-3] == tiny.calculator_call(expression_of(question)) and good[-2] == answer
         slipped += len(good) > 3
         called.append(len(habit) > 1)
-        if not called[-1]:
-            assert train.is_lenient_match(habit[0], answer) < 1 or len(answer) < 4
-    assert 0.25 < sum(called) / 2000 < 0.4 and 0.05 < slipped / 2000 < 0.15
+        known += not called[-1] and train.is_lenient_match(habit[0], answer)
+    assert known < 20 and 0.25 < sum(called) / 2000 < 0.4 and 0.05 < slipped / 2000 < 0.15
 
 
 def test_calculator_dialogues_are_tokenised_as_the_rollout_does_it():
