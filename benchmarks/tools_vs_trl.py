@@ -1,6 +1,6 @@
 """experiment_multiturn_tool_calling/train.py against trl's GRPOTrainer with the same tool, on the CPU, at their best.
 
-    python benchmarks/tools_vs_trl.py       # about 10 minutes on 2 cores; writes results/tools_vs_trl.json
+    python benchmarks/tools_vs_trl.py       # about 12 minutes on 2 cores; writes results/tools_vs_trl.json
 
 The same model, calculator, prompts (token for token), rewards and updates as in benchmarks/vs_trl.py, which this script
 extends and which says what is measured. Both sides begin with the embedded policy that rarely calls, and take their

@@ -275,7 +275,7 @@ def sequences_log_probs(model, batch: MicroBatch, config: Config) -> torch.Tenso
         dtype = base.dtype if config.precision == "float32" else getattr(torch, config.precision)
         mask, positions = batch.attention_mask(dtype), batch.position_ids
         output = base.get_decoder()(batch.input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1)[batch.predicted_from]  # (sampled tokens, hidden size)
+        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, batch.predicted_from)  # (sampled, hidden size)
         chunk = max(1, 2**26 // base.config.get_text_config().vocab_size)  # 256 MB of float32 logits
         log_probs = [
             checkpoint(token_log_probs, base, states, targets, config.temperature, use_reentrant=False)

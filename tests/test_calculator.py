@@ -119,6 +119,10 @@ def test_numbers_up_to_the_bound_are_printed_in_full_and_no_further():
     assert calculator("1 / 10 ** 100").startswith("Error:")
 
 
+def test_long_expressions_are_refused_before_they_are_parsed():
+    assert calculator("1+" * 99 + "1") == "100" and calculator("1+" * 150 + "1") == "Error: longer than 200 characters"
+
+
 # ---------------------------------------------------------------- what it refuses
 ATTACKS = {
     "a tower of powers": "9**9**9",

@@ -18,7 +18,6 @@ EXPERIMENTS = ["experiment_multiturn_tool_calling"]
 experiment = load_experiment(EXPERIMENTS[0])
 train, calculator = experiment.train, experiment.calculator
 HEADER, QWEN = TEMPLATES["qwen2_5"][2], make_tokenizer(chat_template("qwen2_5"), TEMPLATES["qwen2_5"][0])
-HEADERS = {**{name: header for name, (_, _, header) in TEMPLATES.items()}, "qwen3": "<|im_start|>assistant\n"}
 
 
 def config_of(**changes):

@@ -530,6 +530,20 @@ def test_the_whole_update_equals_the_formula(critic):
     torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in gradients]), rtol=1e-9, atol=1e-15)
 
 
+def test_gradients_repeat_bit_for_bit_on_two_threads():
+    """Bug: hidden[indices] adds up in its backward pass whatever thread comes first, where an index occurs often, and a
+    run with the same seed drifts away from itself."""
+    torch.set_num_threads(2)
+    model, config = make_model().train(), config_of(micro_batch_tokens=8192)
+    (batch,) = one_batch([group(5, [30] * 40)], config)
+    gradients = []
+    for _ in range(10):
+        model.zero_grad()
+        experiment.train.sequences_log_probs(model, batch, config).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(a.equal(b) for other in gradients[1:] for a, b in zip(gradients[0], other))
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_old_and_reference_log_probs_are_those_of_the_training_forward(precision):
     """Pitfall 16: a ratio that is not 1 before the policy has moved, by dropout or another code path.
