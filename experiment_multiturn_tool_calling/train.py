@@ -341,7 +341,7 @@ def respond(trajectory: Trajectory, environment, ends: set[int], turns_left: int
     else:
         outcome, result = run_call(call, tool_works)
         trajectory.outcomes.append(outcome)
-        room = config.max_length - len(trajectory.prompt.ids + trajectory.ids) - config.max_new_tokens
+        room = config.max_length - len(trajectory.prompt.ids) - len(trajectory.ids) - config.max_new_tokens
         note = ANSWER_NOW if turns_left == 1 else ""
         ids = environment.ids(result, note, trajectory.ids[-1], room)
         if ids is None:  # no whole turn fits behind it

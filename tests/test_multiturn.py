@@ -586,17 +586,14 @@ def test_a_whole_trajectory_is_shown_turn_by_turn():
 
 # ---------------------------------------------------------------- data
 def test_the_harder_tasks_are_selected():
-    config = config_of()
-    tokenizer = SimpleNamespace(
-        apply_chat_template=lambda messages, **_: messages[-1]["content"],
-        __call__=None,
-    )
+    class Words:
+        def apply_chat_template(self, messages, **_):
+            return messages[-1]["content"]
 
-    class Words(type(tokenizer)):
         def __call__(self, text, **_):
             return SimpleNamespace(input_ids=text.split())
 
-    prompts, held_out = train.read_prompts(config, Words(**vars(tokenizer)))
+    prompts, held_out = train.read_prompts(config_of(), Words())
     assert len(prompts) == 1024 and len(held_out) == 512
     assert {prompt.num_digits for prompt in prompts} == {prompt.num_digits for prompt in held_out} == {3, 4}
     assert all("*" in prompt.ids for prompt in prompts + held_out)
