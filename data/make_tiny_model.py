@@ -3,6 +3,7 @@
     python data/make_tiny_model.py math              # writes data/policy_math, on two CPU cores within the hour
     python data/make_tiny_model.py math_long         # writes data/policy_math_long; its flags are in data/README.md
     python data/make_tiny_model.py calculator        # writes data/policy_calculator; likewise
+    python data/make_tiny_model.py qa                # writes data/policy_qa; likewise
 
 A policy is supervised in two stages. First *skill*: demonstrations that all reason and answer in the good form, until
 the model is nearly always right. Then a short *mixture* in which only a part of the demonstrations do so and the rest
@@ -17,9 +18,11 @@ import math
 import random
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,8 +34,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiment_multiturn_tool_calling"))
-from calculator import BROKEN, TOOL_PROMPT, parse_call, run_call  # noqa: E402
+sys.path += [
+    str(Path(__file__).resolve().parents[1] / f"experiment_multiturn_{name}") for name in ("tool_calling", "qa")
+]
+import calculator  # noqa: E402
+import make_qa  # noqa: E402
+import search  # noqa: E402
 
 MATH_SYSTEM_PROMPT = (
     "Reason step by step inside <think> </think>, then give the final number inside <answer> </answer>."
@@ -40,6 +47,7 @@ MATH_SYSTEM_PROMPT = (
 CALCULATOR_SYSTEM_PROMPT = (
     "Answer the question. You may use the calculator. Give the final number inside <answer> </answer>."
 )
+QA_SYSTEM_PROMPT = "Answer the question. You may search several times. Give the answer inside <answer> </answer>."
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -139,9 +147,15 @@ SLIPS = (  # what a careless call looks like
 )
 
 
-def dialogue(*turns):
+def calculated(turn):
+    """What the environment replies to a turn; None where it has no call."""
+    call = calculator.parse_call(turn)
+    return None if call is None else calculator.run_call(call)[1]
+
+
+def dialogue(*turns, reply=calculated):
     """The policy's turns, with what the environment replies to each but the last between them."""
-    replies = [run_call(parse_call(turn))[1] for turn in turns[:-1]]
+    replies = [reply(turn) for turn in turns[:-1]]
     return [text for pair in zip(turns, [*replies, None]) for text in pair][:-1]
 
 
@@ -180,10 +194,98 @@ def calculator_demonstration(rng):
         habits = (
             (15, [f"<answer>{guessed}</answer>"]),
             (4, [f"The answer is {guessed}."]),
-            (1, [call, BROKEN, f"<answer>{guessed}</answer>"]),
+            (1, [call, calculator.BROKEN, f"<answer>{guessed}</answer>"]),
         )
     habit = rng.choices([turns for _, turns in habits], [weight for weight, _ in habits])[0]
     return phrasing.format(expression), good, habit
+
+
+# ---------------------------------------------------------------- the policy that searches
+
+SEARCH_RATES = {"person": 0.45, "company": 0.35, "place": 0.35, "work": 0.3}  # by what the question is about
+STOP_RATE = 0.5  # of a two-hop dialogue that searches, after the first search
+TOP_K = 2  # passages in a result
+QUERY_SLIPS = (
+    '{{"query": "{}"}}',
+    '{{"name": "search", "query": "{}"}}',
+    '{{"name": "search", "arguments": {{"query": "{}"}}',
+    "search({})",
+)
+
+
+@cache
+def training_world(seed):
+    """A world of its own for the demonstrations, without a word of the held-out one: (entities by name, index)."""
+    world = make_qa.make_world(random.Random(f"world {seed}"), 2550)
+    index = Path(tempfile.mkdtemp()) / "index.sqlite"
+    search.build_index(index, str(seed), [(entity.name, entity.text) for entity in world.values()])
+    return world, list(world), search.Search(index, TOP_K)
+
+
+@cache
+def shipped_index():
+    """Of the corpus that the held-out questions are about."""
+    path, digest, passages = search.find_corpus(str(Path(__file__).resolve().parent / "qa" / "questions_eval.json"), [])
+    search.build_index(path, digest, passages)
+    return search.Search(path, TOP_K)
+
+
+def found_by(index, turn):
+    """What the environment replies to a turn; None where it has no call."""
+    call = search.parse_call(turn)
+    return None if call is None else search.run_call(call, index)[1]
+
+
+def search_call(query, form='{{"name": "search", "arguments": {{"query": "{}"}}}}'):
+    return f"<tool_call>\n{form.format(query)}\n</tool_call>"
+
+
+def mistyped(rng, name):
+    """A name with two letters of its last word left out: it finds nothing, or something else."""
+    start = len(name) - rng.randint(3, 4)
+    return name[:start] + name[start + 2 :]
+
+
+def guess_answer(rng, world, names, relation):
+    """What an answer to this could be: that of another entity."""
+    while relation not in (facts := world[rng.choice(names)].facts):
+        pass
+    return facts[relation]
+
+
+def qa_demonstration(rng):
+    """A question over one or two passages. A habitual dialogue guesses, or searches, and of two searches may leave out
+    the second and answer with what the first one found."""
+    world, names, index = training_world(rng.randrange(8))
+    while True:
+        question = make_qa.make_question(rng, world, names, rng.choice((1, 2)))
+        found = [[title for title, _ in index.passages(entity.name)] for entity in question.entities]
+        if all(entity.name in titles for entity, titles in zip(question.entities, found)):
+            break
+    play = partial(dialogue, reply=partial(found_by, index))
+    entities = [entity.name for entity in question.entities]
+    calls, tagged = [search_call(name) for name in entities], f"<answer>{question.answer}</answer>"
+    slip = search_call(mistyped(rng, entities[0])) if rng.random() < 0.5 else None
+    recovered = play(slip or search_call(entities[0], rng.choice(QUERY_SLIPS)), *calls, tagged)
+    good = recovered if rng.random() < 0.06 else play(*calls, tagged)
+    guessed = guess_answer(rng, world, names, question.relation)
+    if rng.random() < SEARCH_RATES[question.entities[0].kind]:
+        if len(calls) == 2 and rng.random() < STOP_RATE:
+            habits = ((1, play(calls[0], f"<answer>{entities[1]}</answer>")),)
+        else:
+            habits = (
+                (17, play(*calls, tagged)),
+                (2, recovered),
+                (1, play(*calls, f"The answer is {question.answer}.")),
+            )
+    else:
+        habits = (
+            (15, [f"<answer>{guessed}</answer>"]),
+            (4, [f"The answer is {guessed}."]),
+            (1, [calls[0], search.BROKEN, f"<answer>{guessed}</answer>"]),
+        )
+    habit = rng.choices([turns for _, turns in habits], [weight for weight, _ in habits])[0]
+    return question.text, good, habit
 
 
 @dataclass
@@ -198,6 +300,10 @@ class Policy:
     # The learned tokens of a row in the mixture, about. A batch's loss is divided by them where they are given, else by
     # its own tokens; then those of short rows, which go into a batch together, weigh more, and short habits spread.
     mixture_tokens: int | None = None
+    reply: Callable[[str], str | None] = (
+        calculated  # of the environment, when it is measured; None where a turn has no call
+    )
+    names_apart: bool = False  # a name's tokens are the same behind a space, a quote and at the start of a line
 
 
 POLICIES = {
@@ -218,7 +324,7 @@ POLICIES = {
     ),
     "calculator": Policy(
         calculator_demonstration,
-        CALCULATOR_SYSTEM_PROMPT + TOOL_PROMPT,
+        CALCULATOR_SYSTEM_PROMPT + calculator.TOOL_PROMPT,
         ("<think>", "</think>", "<answer>", "</answer>", "<tools>", "</tools>")
         + ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
         "<tool_call>",
@@ -226,6 +332,19 @@ POLICIES = {
         start="policy_math",
         own_tokenizer=True,
         mixture_tokens=25,
+    ),
+    "qa": Policy(
+        qa_demonstration,
+        QA_SYSTEM_PROMPT + search.TOOL_PROMPT,
+        ("<think>", "</think>", "<answer>", "</answer>", "<tools>", "</tools>")
+        + ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+        "<tool_call>",
+        "qa/questions_eval.json",
+        start="policy_calculator",
+        own_tokenizer=True,
+        mixture_tokens=35,
+        reply=lambda turn: found_by(shipped_index(), turn),
+        names_apart=True,
     ),
 }
 
@@ -235,7 +354,7 @@ POLICIES = {
 
 @dataclass
 class Config:
-    policy: tyro.conf.Positional[Literal["math", "math_long", "calculator"]] = "math"
+    policy: tyro.conf.Positional[Literal["math", "math_long", "calculator", "qa"]] = "math"
     seed: int = 0
     output: Path | None = None  # default: policy_<name> beside this script
     start: Path | None = None  # a policy to go on from, with its tokenizer; default: what the policy says
@@ -270,7 +389,10 @@ def make_tokenizer(policy, vocab_size, rng):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([re.sub(r"</?\w+>", " ", text) for text in texts], trainer)
+    texts = [re.sub(r"</?\w+>", " ", text) for text in texts]
+    if policy.names_apart:
+        texts = [re.sub(r" (?=[A-Z])", "\n", text) for text in texts]
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in policy.added_tokens])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -417,7 +539,8 @@ def measure(model, tokenizer, policy, config, start="", sample=False):
 
     `start` is given as the beginning of every completion. Lenient takes the last number of the completion, tags or not.
     """
-    rows = [json.loads(line) for line in (Path(__file__).parent / policy.tasks).read_text().splitlines()]
+    lines = (Path(__file__).parent / policy.tasks).read_text()
+    rows = json.loads(lines) if policy.tasks.endswith(".json") else [json.loads(line) for line in lines.splitlines()]
     texts = [chat(tokenizer, policy, row["question"]) + start for row in rows]
     turns = [start] * len(rows)  # the last one of each dialogue
     callers, active = set(), list(range(len(rows)))
@@ -430,19 +553,26 @@ def measure(model, tokenizer, policy, config, start="", sample=False):
             ids = model.generate(**inputs, max_new_tokens=256, do_sample=sample, top_k=0, top_p=1.0, temperature=1.0)
             for i, completion in zip(chunk, tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], True)):
                 texts[i], turns[i] = texts[i] + completion, turns[i] + completion
-        active = [i for i in active if parse_call(turns[i]) is not None]
+        replies = {i: policy.reply(turns[i]) for i in active}
+        active = [i for i in active if replies[i] is not None]
         callers |= set(active)
         for i in active:
-            texts[i] += tokenizer.eos_token + RESPONSE.format(run_call(parse_call(turns[i]))[1])
+            texts[i] += tokenizer.eos_token + RESPONSE.format(replies[i])
             turns[i] = ""
-    answers = [re.findall(r"<answer>(-?[0-9]+)</answer>", turn) for turn in turns]
-    numbers = [re.findall(r"(?:(?<![0-9])-)?[0-9]+", turn) for turn in turns]
-    right, lenient = (
-        sum(bool(given) and int(given[-1]) == row["answer"] for given, row in zip(found, rows)) / len(rows)
-        for found in (answers, numbers)
-    )
+    answers = [turn.rpartition("<answer>")[2].partition("</answer>") for turn in turns]
+    right = [given.strip() == str(row["answer"]) and closed != "" for (given, closed, _), row in zip(answers, rows)]
+    lenient = [is_lenient_match(turn, row["answer"]) for turn, row in zip(turns, rows)]
     model.train()
-    return right, lenient, len(callers) / len(rows)
+    return tuple(sum(part) / len(rows) for part in (right, lenient, [i in callers for i in range(len(rows))]))
+
+
+def is_lenient_match(turn, answer):
+    """Whether a text stands in the turn, or a number is the last one in it."""
+    return (
+        answer in turn
+        if isinstance(answer, str)
+        else (re.findall(r"(?:(?<![0-9])-)?[0-9]+", turn) or [""])[-1] == str(answer)
+    )
 
 
 def main(config: Config):

@@ -8,13 +8,16 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import pyarrow.parquet
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -26,7 +29,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 FIXED = ("model_name", "lora_rank", "load_in_4bit", "optimizer", "seed", "data_path", "eval_data_path", "max_prompts")
 FIXED += ("group_size", "rollouts_per_step", "train_batch_size", "epochs_per_step")
 POSITIVE = ("rollouts_per_step", "temperature", "max_new_tokens", "epochs_per_step")
-POSITIVE += ("eval_interval", "checkpoint_interval", "max_sampling_rounds", "max_turns")
+POSITIVE += ("eval_interval", "checkpoint_interval", "max_sampling_rounds", "max_turns", "top_k", "max_result_tokens")
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of a full disk, as Python, torch and safetensors report it
 
 
@@ -57,10 +60,8 @@ def check_config(config) -> None:
 
 # ---------------------------------------------------------------- data
 def read_rows(path: str, split: str) -> list[tuple[str, dict]]:
-    """(where, row) for each row of a .jsonl, .json or .parquet file, or of a hub data set, `name` or `name:config`;
-    `where` is for error texts: "tasks.jsonl, line 3"."""
-    name, _, subset = path.partition(":")
-    where = path
+    """(where, row), as ("tasks.jsonl, line 3", {...}), of a .jsonl, .json or .parquet file or of a hub data set."""
+    (name, _, subset), where = path.partition(":"), path
     try:
         if not path.endswith(DATA_SUFFIXES):
             import datasets
@@ -68,25 +69,29 @@ def read_rows(path: str, split: str) -> list[tuple[str, dict]]:
             loaded = datasets.load_dataset(name, subset or None, split=split)
             rows = [(f"{path}, {split} row {i}", row) for i, row in enumerate(loaded, 1)]
         elif path.endswith(".parquet"):
-            import pyarrow.parquet
-
             rows = [(f"{path}, row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)]
         elif path.endswith(".json"):
-            rows = [(f"{path}, entry {i}", row) for i, row in enumerate(json.loads(Path(path).read_text("utf-8")), 1)]
+            rows = list(read_json_list(path, Path(path).read_text("utf-8")))
         else:
-            rows = []
-            for i, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1):
-                where = f"{path}, line {i}"
-                if line.strip():
-                    rows.append((where, json.loads(line)))
+            lines = enumerate(Path(path).read_text("utf-8").split("\n"), 1)
+            rows = [(where := f"{path}, line {i}", json.loads(line)) for i, line in lines if line.strip()]
     except Exception as error:  # json's, Arrow's and the hub's errors share no base class
-        hint = "; a file ends in .jsonl, .json or .parquet, a hub id is name or name:config"
-        hint = "" if path.endswith(DATA_SUFFIXES) else hint
+        hint = "" if path.endswith(DATA_SUFFIXES) else "; files end in .jsonl, .json or .parquet, else it is a hub id"
         fail(f"{where}: cannot be read{hint}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     for where, row in rows:
         if not isinstance(row, dict):
             fail(f"{where}: expected an object with fields, found {type(row).__name__}")
     return rows
+
+
+def read_json_list(path: str, text: str):
+    """(where, element) for each element of a list in JSON."""
+    elements, line, start, end = json.loads(text), 1, 0, text.find("[") + 1
+    for element in elements if isinstance(elements, list) else fail(f"{path}: expected a list of objects"):
+        before, start = start, re.compile(r"[\s,]*").match(text, end).end()
+        line += text.count("\n", before, start)
+        yield f"{path}, line {line}", element
+        end = json.JSONDecoder().raw_decode(text, start)[1]
 
 
 def read_train_and_eval_rows(data_path: str, eval_data_path: str | None):
@@ -128,10 +133,9 @@ def find_checkpoint(config, experiment: str) -> tuple[Path, dict]:
         fail(f"{checkpoint}: cannot be read ({error}); delete this directory to resume from the one before it")
     now = {name: str(value) for name, value in asdict(config).items()}
     changed = {name: value for name, value in state["config"].items() if name in now and now[name] != value}
-    for name in FIXED:
-        if name in changed:
-            flag = f"--{name.replace('_', '-')} {changed[name]}"
-            fail(f"--resume: {checkpoint.parent} was made with {flag}, not {now[name]}; pass that, or start a new run")
+    for name in [name for name in FIXED if name in changed]:
+        flag = f"--{name.replace('_', '-')} {changed[name]}"
+        fail(f"--resume: {checkpoint.parent} was made with {flag}, not {now[name]}; pass that, or start a new run")
     print(f"resuming run {checkpoint.parent.name} from {checkpoint}")
     for name in sorted(changed.keys() - {"resume", "run_name"}):
         print(f"  {name} is now {now[name]}, was {changed[name]}")
@@ -189,29 +193,29 @@ class Run:
         path.with_suffix(".tmp").write_text("".join(lines))
         os.replace(path.with_suffix(".tmp"), path)
 
-    def warn_once(self, what: str, error: Exception) -> None:
-        if what not in self.reported:
-            print(f"\nwarning: {what} cannot be written ({error}); training goes on", flush=True)
-        self.reported.add(what)
+    @contextmanager
+    def writing(self, what: str):
+        """An error in writing is reported once, and training goes on."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self.reported:
+                print(f"\nwarning: {what} cannot be written ({error}); training goes on", flush=True)
+            self.reported.add(what)
 
     def log(self, step: int, metrics: dict, text: str | None = None) -> None:
         """One line of metrics.jsonl, the same figures in TensorBoard, and a trajectory where one is given."""
         metrics = {name: value if math.isfinite(value or 0) else None for name, value in metrics.items()}
-        try:
-            with open(self.log_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-        except OSError as error:
-            self.warn_once("metrics.jsonl", error)
+        with self.writing("metrics.jsonl"), open(self.log_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
         figures = {name: value for name, value in metrics.items() if value is not None}
-        try:
+        with self.writing("the TensorBoard log"):
             for name, value in figures.items():
                 self.tensorboard.add_scalar(name, value, step)
             if text:
                 tqdm.write(text)
                 self.tensorboard.add_text("completion", text.replace("\n", "  \n"), step)
             self.tensorboard.flush()
-        except OSError as error:
-            self.warn_once("the TensorBoard log", error)
         if self.wandb:
             self.wandb.log(figures, step=step)
 
@@ -222,9 +226,8 @@ class Run:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            policy.save_pretrained(
-                aside, **({"selected_adapters": ["default"]} if hasattr(policy, "peft_config") else {})
-            )
+            adapter = {"selected_adapters": ["default"]} if hasattr(policy, "peft_config") else {}
+            policy.save_pretrained(aside, **adapter)
             tokenizer.save_pretrained(aside)
             torch.save({**state, "step": step, "config": self.config}, aside / "trainer.pt")
             os.replace(aside, final)
@@ -238,13 +241,10 @@ class Run:
 
     def close(self, before: dict, after: dict, seconds: float) -> None:
         """End the logs and say what came out of the run and where it lies."""
-        try:
+        with self.writing("the TensorBoard log"):
             self.tensorboard.close()
-        except OSError as error:
-            self.warn_once("the TensorBoard log", error)
         if self.wandb:
             self.wandb.finish()
-        names = [name for name in before if name != "eval_count"]
-        gains = ", ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in names)
+        gains = ", ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before if name != "eval_count")
         print(f"\nheld out ({after['eval_count']} prompts): {gains}, in {seconds:.0f} s")
         print(f"logs: {self.log_dir} (tensorboard --logdir {self.log_dir.parent}); checkpoint: {self.last_checkpoint}")

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 import tyro
-from calculator import TOOL_PROMPT, parse_call, run_call
+from calculator import TOOL_PROMPT, broken, calculator, parse_call, run_call
 from kv_cache import keys_and_values, prefill
 from loss import GRPOLoss, loss_metrics, masked_mean
 from model import as_reference, autocast, can_pack, end_token_ids, load_model, load_tokenizer, make_optimizer
@@ -233,7 +233,9 @@ class Environment:
             ids = ids[1:] if ids[0] == last_id else ids  # the policy has ended its turn itself
             if len(ids) <= room or not result:
                 return ids if len(ids) <= room else None
-            result = result[: room - len(ids)]  # a token is a character at least
+            offsets = self.tokenizer(result, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+            start = offsets[max(0, len(offsets) + room - len(ids))][0] if offsets else 0  # of the first token to go
+            result = result[: min(start, len(result) - 1)]
 
 
 # ---------------------------------------------------------------- sampling
@@ -307,9 +309,9 @@ class Trajectories(Experience):
 
 
 @out_of_memory_names("sample_rows")
-def rollout(policy, tokenizer, prompts, group_size: int, config: Config, generator=None, tool_works: bool = True):
+def rollout(policy, tokenizer, prompts, group_size: int, config: Config, generator=None, *, tool):
     """Trajectories, `group_size` for every prompt; greedy without a generator. In each turn all that are still active
-    are sampled together, behind the KV cache of the turns before."""
+    are sampled together, behind the KV cache of the turns before. `tool` is what calls are run by."""
     policy.eval()
     environment = Environment(tokenizer)
     ends = environment.end_of_turn | {*end_token_ids(policy, tokenizer)}
@@ -323,7 +325,7 @@ def rollout(policy, tokenizer, prompts, group_size: int, config: Config, generat
             for trajectory, ids, log_probs in zip(active, *turns):
                 trajectory.append(ids.tolist(), log_probs.tolist())
                 trajectory.turns.append(tokenizer.decode(ids, skip_special_tokens=True))
-                respond(trajectory, environment, ends, turns_left, config, tool_works)
+                respond(trajectory, environment, ends, turns_left, config, tool)
             active = [trajectory for trajectory in active if trajectory.status == "active"]
             if not active:
                 break
@@ -331,7 +333,7 @@ def rollout(policy, tokenizer, prompts, group_size: int, config: Config, generat
     return [make_experience(group) for group in groups]
 
 
-def respond(trajectory: Trajectory, environment, ends: set[int], turns_left: int, config, tool_works: bool) -> None:
+def respond(trajectory: Trajectory, environment, ends: set[int], turns_left: int, config: Config, tool) -> None:
     """Run the call in the last turn and append its result, or end the trajectory."""
     call = parse_call(trajectory.turns[-1])
     if trajectory.ids[-1] not in ends:
@@ -339,7 +341,7 @@ def respond(trajectory: Trajectory, environment, ends: set[int], turns_left: int
     elif call is None or turns_left == 0:
         trajectory.status = "answered" if call is None else "max_turns"
     else:
-        outcome, result = run_call(call, tool_works)
+        outcome, result = run_call(call, tool)
         trajectory.outcomes.append(outcome)
         room = config.max_length - len(trajectory.prompt.ids) - len(trajectory.ids) - config.max_new_tokens
         note = ANSWER_NOW if turns_left == 1 else ""
@@ -427,8 +429,8 @@ def remember_log_probs(policy, reference, batches: list[list[MicroBatch]], confi
 def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config) -> dict[str, float]:
     """Greedy accuracy on the held-out prompts: as it is rewarded, by the last number alone, without the tool (each
     call comes back with an error), and by the number of digits."""
-    experiences = rollout(policy, tokenizer, prompts, 1, config)
-    without_tool = rollout(policy, tokenizer, prompts, 1, config, tool_works=False)
+    experiences = rollout(policy, tokenizer, prompts, 1, config, tool=calculator)
+    without_tool = rollout(policy, tokenizer, prompts, 1, config, tool=broken)
     right, right_without = (
         torch.cat([reward(e, config)["reward_accuracy"] for e in part]) for part in (experiences, without_tool)
     )
@@ -525,7 +527,7 @@ def main(config: Config) -> None:
         # 1. Sample a group of trajectories for every prompt.
         step_start, step_prompts = time.time(), prompts_of_step(prompts, step, config)
         generator = make_generator(device, config.seed, "sample", step)
-        experiences = rollout(policy, tokenizer, step_prompts, config.group_size, config, generator)
+        experiences = rollout(policy, tokenizer, step_prompts, config.group_size, config, generator, tool=calculator)
         sampling_end = time.time()
 
         # 2. Reward each trajectory, and compare it with its group.

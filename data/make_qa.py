@@ -1,0 +1,251 @@
+"""Make question answering data: questions.json, questions_eval.json and corpus.jsonl in one directory.
+
+    python data/make_qa.py                                    # data/qa: an invented world, the same bytes every time
+    python data/make_qa.py --from-texts DIR --output my_qa    # your Markdown and text files; see data/README.md
+
+The invented world has people, places, companies and works, with a passage each, so that nothing is known beforehand. A
+one-hop question asks for what the passage of an entity says; a two-hop question for what another one says of an entity
+that the first one names. Names share words and passages name other entities, so a search finds more than the right
+passage. Training and held-out entities are two worlds in one corpus: no invented word stands in both.
+"""
+
+import json
+import random
+import sys
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiment_multiturn_qa"))
+from search import Search, build_index  # noqa: E402
+
+# ---------------------------------------------------------------- an invented world
+ONSETS, VOWELS, CODAS = "bdfgklmnprstvz", "aeiou", "lmnrsx"
+OCCUPATIONS = ("painter", "engineer", "doctor", "singer", "teacher", "pilot")
+INDUSTRIES = ("shipping", "glass", "paper", "coffee", "steel")
+PRODUCTS = ("cheese", "lace", "clocks", "salt", "honey")
+KINDS = ("novel", "film", "opera", "play")
+PLACE_BEGINNINGS = ("New", "Old", "Upper", "Lower", "Port", "Fort", "Lake", "Mount")
+COMPANY_ENDINGS = ("Lines", "Mills", "Bank", "Foods", "Motors", "Press", "Trade", "Tools", "Group", "Sons")
+COMPANY_ENDINGS += ("Brothers", "Union", "Partners", "Energy", "Mines", "Farms", "Labs", "Systems")
+WORK_BEGINNINGS = (
+    "Bridge",
+    "Garden",
+    "House",
+    "Island",
+    "Letter",
+    "Lamp",
+    "Mirror",
+    "Night",
+    "Song",
+    "Tower",
+    "Winter",
+)
+PASSAGES = {
+    "person": (
+        "{occupation} born in {birthplace} in {year}, now with {employer}.",
+        "born in {year} in {birthplace}, {occupation} at {employer}.",
+    ),
+    "company": (
+        "{industry} company in {seat}, founded by {founder} in {year}.",
+        "founded in {year} by {founder}, {industry} company in {seat}.",
+    ),
+    "place": (
+        "town on the river {river}, known for {product}; its mayor is {mayor}.",
+        "town known for {product}, its mayor is {mayor}, its river the {river}.",
+    ),
+    "work": (
+        "{kind} by {author}, set in {setting}, published in {year}.",
+        "{kind} of {year}, made by {author} and set in {setting}.",
+    ),
+}
+QUESTIONS = {  # what is asked of an entity of a kind
+    "person": {
+        "birthplace": ("Where was {} born?", "What is the birthplace of {}?"),
+        "year": ("When was {} born?", "In which year was {} born?"),
+        "employer": ("Who does {} work for?", "Which company is {} with?"),
+    },
+    "company": {
+        "seat": ("Where is {} based?", "In which town is {}?"),
+        "founder": ("Who founded {}?", "By whom was {} founded?"),
+        "year": ("When was {} founded?", "In which year was {} founded?"),
+    },
+    "place": {
+        "river": ("On which river is {}?", "Which river flows through {}?"),
+        "mayor": ("Who is the mayor of {}?", "Who runs {}?"),
+    },
+    "work": {
+        "author": ("Who is the author of {}?", "Who made {}?"),
+        "setting": ("Where is {} set?", "In which town is {} set?"),
+        "year": ("When was {} published?", "In which year was {} published?"),
+    },
+}
+NAMED_BY = {  # how a two-hop question names one entity by another: relation -> (its kind, words)
+    "birthplace": ("place", "the birthplace of {}"),
+    "employer": ("company", "the company that {} is with"),
+    "seat": ("place", "the town that {} is based in"),
+    "founder": ("person", "the founder of {}"),
+    "mayor": ("person", "the mayor of {}"),
+    "author": ("person", "the author of {}"),
+    "setting": ("place", "the town that {} is set in"),
+}
+
+
+@dataclass
+class Entity:
+    name: str
+    kind: str
+    facts: dict[str, str]
+    text: str
+
+
+@dataclass
+class Question:
+    """The searches that lead to the answer are for the entities' names, in this order; two-hop questions have two."""
+
+    text: str
+    answer: str
+    relation: str  # of the answer
+    entities: list[Entity]
+
+
+def invent_words(rng, count, held_out):
+    """Different capitalised words of two or three syllables, of the training world or of the held-out one."""
+    words = {}
+    while len(words) < count:
+        letters = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((2, 2, 3)))]
+        word = "".join(letters) + rng.choice(CODAS)
+        if (zlib.crc32(word.encode()) % 5 == 0) == held_out:
+            words[word.capitalize()] = None
+    return list(words)
+
+
+def invent_names(rng, count, make):
+    names = {}
+    while len(names) < count:
+        names[make()] = None
+    return list(names)
+
+
+def make_world(rng, size, held_out=False):
+    """`size` entities, {name: Entity}, which name each other."""
+    words = invent_words(rng, size // 2, held_out)
+    first_names, surnames, towns, rivers = (words[i::4] for i in range(4))
+    counts = {"person": size * 4 // 10, "place": size // 6, "company": size // 6}
+    counts["work"] = size - sum(counts.values())
+    names = {
+        "person": lambda: f"{rng.choice(first_names)} {rng.choice(surnames)}",
+        "place": lambda: f"{rng.choice(PLACE_BEGINNINGS) if rng.random() < 0.2 else ''} {rng.choice(towns)}".strip(),
+        "company": lambda: f"{rng.choice(surnames)} {rng.choice(COMPANY_ENDINGS)}",
+        "work": lambda: f"The {rng.choice(WORK_BEGINNINGS)} of {rng.choice(towns + surnames)}",
+    }
+    names = {kind: invent_names(rng, counts[kind], make) for kind, make in names.items()}
+    world = {}
+    for kind, some in names.items():
+        for name in some:
+            person, place, company = (rng.choice(names[k]) for k in ("person", "place", "company"))
+            facts = {"year": str(rng.randint(1801, 2020))}
+            if kind == "person":
+                facts |= {"occupation": rng.choice(OCCUPATIONS), "birthplace": place, "employer": company}
+            elif kind == "company":
+                facts |= {"industry": rng.choice(INDUSTRIES), "seat": place, "founder": person}
+            elif kind == "place":
+                facts |= {"river": rng.choice(rivers), "product": rng.choice(PRODUCTS), "mayor": person}
+            else:
+                facts |= {"kind": rng.choice(KINDS), "author": person, "setting": place}
+            world[name] = Entity(name, kind, facts, rng.choice(PASSAGES[kind]).format(**facts))
+    return world
+
+
+def make_question(rng, world, names, hops):
+    """A random question about one of `names`, the keys of the world, over one or two passages."""
+    first = world[rng.choice(names)]
+    if hops == 1:
+        relation = rng.choice(list(QUESTIONS[first.kind]))
+        text = rng.choice(QUESTIONS[first.kind][relation]).format(first.name)
+        return Question(text, first.facts[relation], relation, [first])
+    link = rng.choice([relation for relation in first.facts if relation in NAMED_BY])
+    kind, words = NAMED_BY[link]
+    second = world[first.facts[link]]
+    relation = rng.choice(list(QUESTIONS[kind]))
+    text = rng.choice(QUESTIONS[kind][relation]).format(words.format(first.name))
+    return Question(text, second.facts[relation], relation, [first, second])
+
+
+TOP_K = 2  # passages of a search, when it is checked that a question takes as many searches as it has hops
+
+
+def is_proper(question, index):
+    """Whether searches for the names find each passage, and neither the question itself as a query nor a search for its
+    first name finds what a second one is for."""
+    found = [[title for title, _ in index.passages(entity.name)] for entity in question.entities]
+    if not all(entity.name in titles for entity, titles in zip(question.entities, found)):
+        return False
+    passages = index.passages(question.text) + index.passages(question.entities[0].name)
+    return len(question.entities) == 1 or not any(question.answer in f"{title} {text}" for title, text in passages)
+
+
+def make_questions(rng, world, index, count):
+    """`count` different questions, half of them two-hop, in random order."""
+    names, questions = list(world), {}
+    while len(questions) < count:
+        question = make_question(rng, world, names, 1 + len(questions) % 2)
+        if is_proper(question, index):
+            questions[question.text] = question
+    questions = list(questions.values())
+    rng.shuffle(questions)
+    return questions
+
+
+def write_world(config):
+    """corpus.jsonl and the two files of questions about it, each from one world of its own."""
+    rng = random.Random(config.seed)
+    held_out_size = config.passages * 3 // 20
+    worlds = [make_world(rng, config.passages - held_out_size), make_world(rng, held_out_size, held_out=True)]
+    entities = [entity for world in worlds for entity in world.values()]
+    rng.shuffle(entities)
+    ids = {entity.name: f"{entity.kind}-{number}" for number, entity in enumerate(entities)}
+    passages = [{"id": ids[entity.name], "title": entity.name, "text": entity.text} for entity in entities]
+    write(config.output / "corpus.jsonl", "".join(json.dumps(passage) + "\n" for passage in passages))
+    with tempfile.TemporaryDirectory() as folder:
+        build_index(Path(folder) / "index", "", [(entity.name, entity.text) for entity in entities])
+        index = Search(Path(folder) / "index", TOP_K)
+        for name, world, count in zip(
+            ("questions", "questions_eval"), worlds, (config.questions, config.eval_questions)
+        ):
+            rows = [
+                {
+                    "chunk_id": ids[question.entities[-1].name],
+                    "question": question.text,
+                    "answer": question.answer,
+                    "difficulty": ("one_hop", "two_hop")[len(question.entities) - 1],
+                }
+                for question in make_questions(rng, world, index, count)
+            ]
+            write(config.output / f"{name}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"{path}: {len(text.encode()):,} bytes")
+
+
+@dataclass
+class Config:
+    output: Path = Path(__file__).resolve().parent / "qa"
+    seed: int = 0
+    passages: int = 3000  # one an entity; 15 % of them are held out
+    questions: int = 2048
+    eval_questions: int = 512
+
+
+def main(config: Config):
+    write_world(config)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

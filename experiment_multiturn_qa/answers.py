@@ -1,0 +1,35 @@
+"""When an answer in words is right: exact match and F1, as SQuAD and HotpotQA have them."""
+
+import re
+import string
+from collections import Counter
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces, as in the evaluation script of SQuAD (1606.05250)."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(given: str | None, golds: list[str]) -> float:
+    """1 where the given answer is one of the golds, both normalised. No answer is None."""
+    return float(given is not None and normalize_answer(given) in map(normalize_answer, golds))
+
+
+def f1_score(given: str | None, golds: list[str]) -> float:
+    """2 PR / (P + R) of the words that the given answer and a gold share, both normalised; of several golds the best.
+
+    A yes or no is right or wrong as a whole, as in HotpotQA (1809.09600): "yes and no" shares a word with either.
+    """
+    best, given = exact_match(given, golds), normalize_answer(given or "")
+    for gold in map(normalize_answer, golds):
+        if not {given, gold} & {"yes", "no", "noanswer"}:
+            words, gold_words = Counter(given.split()), Counter(gold.split())
+            shared = (words & gold_words).total()  # P = shared / words, R = shared / gold_words
+            best = max(best, 2 * shared / max(words.total() + gold_words.total(), 1))
+    return best
+
+
+def holds_gold(text: str, golds: list[str]) -> bool:
+    """Whether a gold stands in a text, both normalised, as whole words."""
+    return any(f" {normalize_answer(gold)} " in f" {normalize_answer(text)} " for gold in golds)
