@@ -49,7 +49,9 @@ def main(options: Options) -> None:
             )
             step_prompts, generator = train.prompts_of_step(prompts, step, config), train.make_generator(device, step)
             start = time.perf_counter()
-            sampled[way] = train.rollout(policy, tokenizer, step_prompts, config.group_size, config, generator)
+            sampled[way] = train.rollout(
+                policy, tokenizer, step_prompts, config.group_size, config, generator, tool=train.calculator
+            )
             seconds[way].append(time.perf_counter() - start)
         for way in WAYS:
             for one, other in zip(sampled[way], sampled["kept"]):

@@ -11,16 +11,24 @@ passage. Training and held-out entities are two worlds in one corpus: no invente
 
 import json
 import random
+import re
 import sys
 import tempfile
+import textwrap
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiment_multiturn_qa"))
+from answers import holds_gold, normalize_answer  # noqa: E402
+from run import fail  # noqa: E402
 from search import Search, build_index  # noqa: E402
+
+OUTPUT = Path(__file__).resolve().parent / "qa"
 
 # ---------------------------------------------------------------- an invented world
 ONSETS, VOWELS, CODAS = "bdfgklmnprstvz", "aeiou", "lmnrsx"
@@ -209,7 +217,7 @@ def write_world(config):
     rng.shuffle(entities)
     ids = {entity.name: f"{entity.kind}-{number}" for number, entity in enumerate(entities)}
     passages = [{"id": ids[entity.name], "title": entity.name, "text": entity.text} for entity in entities]
-    write(config.output / "corpus.jsonl", "".join(json.dumps(passage) + "\n" for passage in passages))
+    write_rows(config.output / "corpus.jsonl", passages)
     with tempfile.TemporaryDirectory() as folder:
         build_index(Path(folder) / "index", "", [(entity.name, entity.text) for entity in entities])
         index = Search(Path(folder) / "index", TOP_K)
@@ -225,26 +233,164 @@ def write_world(config):
                 }
                 for question in make_questions(rng, world, index, count)
             ]
-            write(config.output / f"{name}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+            write_rows(config.output / f"{name}.json", rows)
 
 
-def write(path, text):
+# ---------------------------------------------------------------- from texts
+TEXTS = (".md", ".markdown", ".txt")
+BREAK = re.compile(r"\n\s*\n|(?<=[.!?])\s+|(?<=[。！？])")  # between paragraphs or sentences
+GAP = re.compile(r"(?<=[\w,;] )(?:[A-Z]\w+(?: [A-Z]\w+)*|[0-9]+(?:[.,][0-9]+)*)")  # a name or number, not in front
+REQUEST = """Write one question that the passage answers, and its answer, a few words that stand in the passage. The
+question must make sense to somebody who does not see the passage.
+
+Passage: {title}. {text}
+
+Reply with two lines:
+Question: ...
+Answer: ..."""
+REPLY = re.compile(r"Question:[ \t]*(\S[^\n]{0,300})\n\s*Answer:[ \t]*(\S[^\n]{0,80})")
+
+
+def read_sections(path):
+    """(title, text) of a text file, or of each part of a Markdown file under a heading of its own."""
+    sections, fenced = [(path.stem, [])], False
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        fenced ^= line.lstrip().startswith("```")
+        if path.suffix.lower() != ".txt" and not fenced and re.match(r"#{1,6} ", line):
+            sections.append((f"{path.stem}, {line.strip('# ')}", []))
+        else:
+            sections[-1][1].append(line)
+    return [(title, "\n".join(lines)) for title, lines in sections]
+
+
+def cut(text, most):
+    """Passages of at most `most` characters: whole sentences where they fit, else cut between words, else anywhere."""
+    passages = []
+    for sentence in BREAK.split(text):
+        for part in textwrap.wrap(" ".join(sentence.split()), most, break_on_hyphens=False):
+            if passages and len(passages[-1]) + 1 + len(part) <= most:
+                passages[-1] += f" {part}"
+            else:
+                passages.append(part)
+    return passages
+
+
+def cloze(rng, passage):
+    """(question, answer): a sentence of the passage with a gap where a name or a number stood; None where none does."""
+    sentences = map(str.strip, BREAK.split(passage["text"]))
+    gaps = [(sentence, gap) for sentence in sentences for gap in GAP.finditer(sentence)]
+    if not gaps:
+        return None
+    sentence, gap = rng.choice(gaps)
+    return f"What is missing here? {sentence[: gap.start()]}___{sentence[gap.end() :]}", gap.group()
+
+
+def parse_reply(reply, passage):
+    """(question, answer) of a model's reply; None where it has none, or one that the passage does not hold or the
+    question gives away."""
+    found = REPLY.search(reply)
+    if not found:
+        return None
+    question, answer = (part.strip() for part in found.groups())
+    given = holds_gold(passage["text"], [answer]) and not holds_gold(question, [answer]) and normalize_answer(answer)
+    return (question, answer) if given else None
+
+
+@torch.inference_mode()
+def ask(model_name, passages, batch_size=16):
+    """The model's replies to REQUEST for each passage, greedy."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(model_name, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto").to(device).eval()
+    for first in range(0, len(passages), batch_size):
+        chats = [[{"role": "user", "content": REQUEST.format(**p)}] for p in passages[first : first + batch_size]]
+        texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
+        inputs.pop("token_type_ids", None)
+        ids = model.generate(**inputs, max_new_tokens=96, do_sample=False)
+        yield from tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        print(f"{min(first + batch_size, len(passages))} of {len(passages)} passages", flush=True)
+
+
+def hold_out(rng, ids, group_of):
+    """About a tenth of the ids, at most half of them, in whole groups; none where the groups do not allow for that."""
+    groups = {}
+    for passage_id in ids:
+        groups.setdefault(group_of(passage_id), []).append(passage_id)
+    held_out = set()
+    for name in rng.sample(sorted(groups), len(groups)):
+        if len(held_out) < len(ids) / 10 and len(held_out) + len(groups[name]) <= len(ids) / 2:
+            held_out |= set(groups[name])
+    return held_out if len(held_out) >= len(ids) / 20 else set()
+
+
+def write_texts(config):
+    """The same three files from a folder of texts, with a question at most a passage. Held out are whole documents; or
+    passages, where one document holds most of them."""
+    rng = random.Random(config.seed)
+    paths = sorted(path for path in config.from_texts.rglob("*") if path.suffix.lower() in TEXTS)
+    passages = [
+        {"id": f"{path.relative_to(config.from_texts)}#{number}", "title": title, "text": passage}
+        for path in paths
+        for number, (title, passage) in enumerate(
+            (title, passage) for title, text in read_sections(path) for passage in cut(text, config.passage_characters)
+        )
+    ]
+    if not passages:
+        fail(f"--from-texts {config.from_texts}: no text in files that end in {', '.join(TEXTS)}")
+    if config.model_name:
+        pairs = [parse_reply(reply, passage) for reply, passage in zip(ask(config.model_name, passages), passages)]
+    else:
+        pairs = [cloze(rng, passage) for passage in passages]
+    rows = [
+        {"chunk_id": passage["id"], "question": pair[0], "answer": pair[1], "difficulty": "one_hop"}
+        for passage, pair in zip(passages, pairs)
+        if pair
+    ]
+    ids = [row["chunk_id"] for row in rows]
+    held_out = hold_out(rng, ids, lambda row_id: row_id.rpartition("#")[0]) or hold_out(rng, ids, str)
+    if not held_out:
+        fail(f"{len(passages)} passages gave {len(rows)} questions: too few to train and hold out; add texts")
+    rng.shuffle(rows)
+    write_rows(config.output / "corpus.jsonl", passages)
+    write_rows(config.output / "questions.json", [row for row in rows if row["chunk_id"] not in held_out])
+    write_rows(config.output / "questions_eval.json", [row for row in rows if row["chunk_id"] in held_out])
+
+
+# ---------------------------------------------------------------- both
+def write_rows(path, rows):
+    """A list in JSON with a line for each row, or JSON lines."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join([*lines, ""])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"{path}: {len(text.encode()):,} bytes")
+    path.write_text(text, encoding="utf-8", errors="replace")
+    print(f"{path}: {len(rows)} rows, {path.stat().st_size:,} bytes")
 
 
 @dataclass
 class Config:
-    output: Path = Path(__file__).resolve().parent / "qa"
+    output: Path = OUTPUT  # a directory
     seed: int = 0
-    passages: int = 3000  # one an entity; 15 % of them are held out
-    questions: int = 2048
-    eval_questions: int = 512
+    passages: int = 3000  # of the invented world, one an entity; 15 % of them are held out
+    questions: int = 2048  # of the invented world
+    eval_questions: int = 512  # of the invented world
+    from_texts: Path | None = None  # a directory with .md, .markdown and .txt files, in place of the invented world
+    model_name: str | None = None  # the causal LM that writes the questions; without one, sentences get a gap
+    passage_characters: int = 400  # at most, of a passage from texts
 
 
 def main(config: Config):
-    write_world(config)
+    if not config.from_texts:
+        return write_world(config)
+    if not config.from_texts.is_dir():
+        fail(f"--from-texts {config.from_texts}: no such directory")
+    taken = [
+        name for name in ("corpus.jsonl", "questions.json", "questions_eval.json") if (config.output / name).exists()
+    ]
+    if taken:
+        fail(f"--output {config.output}: {taken[0]} exists; choose another directory")
+    write_texts(config)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,7 @@ def calculator_demonstration(rng):
 SEARCH_RATES = {"person": 0.45, "company": 0.35, "place": 0.35, "work": 0.3}  # by what the question is about
 STOP_RATE = 0.5  # of a two-hop dialogue that searches, after the first search
 TOP_K = 2  # passages in a result
+EASY_RATE = 0.3  # of the easy questions are shown, and all of the hard ones
 QUERY_SLIPS = (
     '{{"query": "{}"}}',
     '{{"name": "search", "query": "{}"}}',
@@ -253,6 +254,14 @@ def guess_answer(rng, world, names, relation):
     return facts[relation]
 
 
+def is_hard(question, found):
+    """Whether a search finds another passage before the right one, or a name along the way has a word of direction or
+    the like before it, as a fifth of the places have, which is soon taken for another such word."""
+    names = [entity.name for entity in question.entities]
+    second = any(titles[0] != name for name, titles in zip(names, found))
+    return second or any(name.split()[0] in make_qa.PLACE_BEGINNINGS for name in [*names, question.answer])
+
+
 def qa_demonstration(rng):
     """A question over one or two passages. A habitual dialogue guesses, or searches, and of two searches may leave out
     the second and answer with what the first one found."""
@@ -260,7 +269,9 @@ def qa_demonstration(rng):
     while True:
         question = make_qa.make_question(rng, world, names, rng.choice((1, 2)))
         found = [[title for title, _ in index.passages(entity.name)] for entity in question.entities]
-        if all(entity.name in titles for entity, titles in zip(question.entities, found)):
+        if all(entity.name in titles for entity, titles in zip(question.entities, found)) and (
+            is_hard(question, found) or rng.random() < EASY_RATE
+        ):
             break
     play = partial(dialogue, reply=partial(found_by, index))
     entities = [entity.name for entity in question.entities]

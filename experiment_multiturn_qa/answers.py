@@ -31,5 +31,6 @@ def f1_score(given: str | None, golds: list[str]) -> float:
 
 
 def holds_gold(text: str, golds: list[str]) -> bool:
-    """Whether a gold stands in a text, both normalised, as whole words."""
-    return any(f" {normalize_answer(gold)} " in f" {normalize_answer(text)} " for gold in golds)
+    """Whether a gold stands in a text, both normalised, as whole words; tags are none."""
+    text = normalize_answer(re.sub(r"</?\w+>", " ", text))
+    return any(f" {normalize_answer(gold)} " in f" {text} " for gold in golds)

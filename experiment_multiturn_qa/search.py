@@ -127,6 +127,8 @@ def build_index(index: Path, digest: str, passages: Iterable[tuple[str, str]]) -
                 connection.execute("INSERT INTO passages VALUES (?, ?, ?)", [count, title, text])
                 row = [count, split_characters(title), split_characters(text)]
                 connection.execute("INSERT INTO words(rowid, title, text) VALUES (?, ?, ?)", row)
+            if not count:
+                fail(f"{index}: its corpus has no passages")
             connection.execute("INSERT INTO words(words) VALUES ('optimize')")
             connection.execute("INSERT INTO words(words, rank) VALUES ('rank', ?)", [f"bm25({TITLE_WEIGHT}, 1.0)"])
             connection.execute("INSERT INTO frequent SELECT term, doc FROM vocabulary WHERE doc > ?", [FREQUENT])
@@ -153,10 +155,14 @@ def read_digest(index: Path) -> str | None:
 
 
 def delete_leftovers(index: Path) -> None:
-    """Delete what killed builds of this index left: files that no process holds locked, or is about to."""
+    """Delete what killed builds of this index left: files that are a minute old and that no process holds locked."""
     for path in index.parent.glob(f"{glob.escape(index.name)}.*.building"):
-        with suppress(OSError, sqlite3.Error), closing(sqlite3.connect(path, timeout=0)) as connection:
-            connection.execute("BEGIN EXCLUSIVE")
+        with suppress(FileNotFoundError), closing(sqlite3.connect(path, timeout=0)) as connection:
+            try:
+                connection.execute("BEGIN EXCLUSIVE")
+            except sqlite3.DatabaseError as error:  # of a file that is locked, or that is not whole
+                if "locked" in str(error):
+                    continue
             if time.time() - path.stat().st_mtime > 60:
                 path.unlink()
 

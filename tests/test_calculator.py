@@ -7,12 +7,15 @@ import time
 import tracemalloc
 from decimal import Context, Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 from helpers import chat_template, load_experiment
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sampling import CHATML, make_tokenizer
+from test_multiturn import QWEN, config_of, encode, plays, prompt_of, scripted, train
+from test_multiturn import call as dialogue_call
+from test_sampling import CHATML, END, make_tokenizer
 
 calculator_module = load_experiment("experiment_multiturn_tool_calling").calculator
 calculator, parse_call, run_call = (getattr(calculator_module, n) for n in ("calculator", "parse_call", "run_call"))
@@ -278,8 +281,8 @@ def test_malformed_calls_come_back_with_the_expected_form(turn, says):
 
 def test_outcomes():
     assert run_call(parse_call(call("1 / 0"))) == ("failed", "Error: division by zero")
-    assert run_call(parse_call(call()), tool_works=False) == ("failed", calculator_module.BROKEN)
-    assert run_call(parse_call(call(name="x")), tool_works=False)[0] == "malformed"
+    assert run_call(parse_call(call()), calculator_module.broken) == ("failed", calculator_module.BROKEN)
+    assert run_call(parse_call(call(name="x")), calculator_module.broken)[0] == "malformed"
 
 
 @settings(max_examples=300, deadline=None)
@@ -301,3 +304,68 @@ def test_the_tool_is_described_as_the_templates_describe_it(name):
     )
     messages[0]["content"] += calculator_module.TOOL_PROMPT
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == native
+
+
+# ---------------------------------------------------------------- the experiment
+def test_evaluation_with_and_without_the_tool():
+    """Without it every call comes back with an error: what is left is what the policy can do by itself. And the figures
+    of each number of digits."""
+    prompts = [prompt_of(f"What is {i} * 3?", 3 * i) for i in (12, 13, 14, 15)]
+    for prompt, digits in zip(prompts, (3, 3, 4, 4)):
+        prompt.num_digits = digits
+    said = [
+        ["<answer>36</answer>"],
+        [dialogue_call("13 * 3"), None],
+        [dialogue_call("14 * 3"), "It is 42"],
+        ["<answer>0</answer>"],
+    ]
+    scripts = [[encode(turn) + [END] if turn else None for turn in turns] for turns in said]
+    right, wrong = (encode(f"<answer>{n}</answer>") + [END] for n in (39, 7))
+
+    def next_logits(row):
+        text = QWEN.decode(row)
+        scripts[1][1] = wrong if calculator_module.BROKEN in text else right
+        return plays({tuple(p.ids): turns for p, turns in zip(prompts, scripts)}).next_logits(row)
+
+    figures = train.evaluate(scripted(next_logits), QWEN, prompts, config_of())
+    assert figures == pytest.approx(
+        {
+            "eval_accuracy": 0.5,
+            "eval_accuracy_lenient": 0.75,
+            "eval_accuracy_no_tool": 0.25,
+            "eval_tool_use_rate": 0.5,
+            "eval_accuracy_3_digits": 1.0,
+            "eval_accuracy_4_digits": 0.0,
+            "eval_count": 4,
+        }
+    )
+
+
+def test_the_harder_tasks_are_selected():
+    class Words:
+        def apply_chat_template(self, messages, **_):
+            return messages[-1]["content"]
+
+        def __call__(self, text, **_):
+            return SimpleNamespace(input_ids=text.split())
+
+    prompts, held_out = train.read_prompts(config_of(), Words())
+    assert len(prompts) == 1024 and len(held_out) == 512
+    assert {prompt.num_digits for prompt in prompts} == {prompt.num_digits for prompt in held_out} == {3, 4}
+    assert all("*" in prompt.ids for prompt in prompts + held_out)
+
+
+def test_other_data_brings_its_own_held_out_rows(tmp_path):
+    """The hard tasks are held out for the default data alone, and rows without num_digits are taken as they are."""
+    rows = [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(40)]
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts, held_out = train.read_prompts(config_of(data_path=str(path)), QWEN)
+    assert [len(prompts), len(held_out)] == [36, 4] and held_out[0].num_digits is None
+
+
+def test_the_calculator_is_offered_by_default():
+    config = train.Config()
+    assert config.generate_max_length == config.max_turns * config.max_new_tokens == 256
+    with pytest.raises(SystemExit, match="--max-turns 0: must be above 0"):
+        train.main(train.Config(max_turns=0, model_name="/nowhere"))

@@ -1,32 +1,65 @@
-"""Trajectories of several turns: exact log-probs, masks, real chat templates, budgets, rewards, figures."""
+"""Trajectories of several turns: exact log-probs, masks, real chat templates, budgets, rewards, figures.
+
+Every test runs in both multi-turn experiments, with the calculator as the tool; what they do not share is tested in
+test_calculator.py, test_search.py and test_qa.py.
+"""
 
 import ast
 import itertools
 import json
-from types import SimpleNamespace
+import sys
 
 import pytest
 import torch
 import transformers
 from helpers import ARCHITECTURES, ROOT, chat_template, load_experiment, make_model
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_run import checkpoints, fingerprint, metrics, read_weights, run_main
+from test_run import checkpoints, fingerprint, metrics, read_weights, reward_by, run_main
 from test_sampling import END, TEMPLATES, ScriptedPolicy, generator_of, make_tokenizer, many_ends, only
 
-EXPERIMENTS = ["experiment_multiturn_tool_calling"]
+EXPERIMENTS = ["experiment_multiturn_tool_calling", "experiment_multiturn_qa"]
 experiment = load_experiment(EXPERIMENTS[0])
-train, calculator = experiment.train, experiment.calculator
+train, calculator = experiment.train, experiment.calculator.calculator
 HEADER, QWEN = TEMPLATES["qwen2_5"][2], make_tokenizer(chat_template("qwen2_5"), TEMPLATES["qwen2_5"][0])
 
 
+@pytest.fixture(autouse=True, params=EXPERIMENTS)
+def in_both_experiments(request, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "experiment", load_experiment(request.param))
+    monkeypatch.setattr(sys.modules[__name__], "train", experiment.train)
+
+
+def is_qa():
+    return hasattr(experiment, "search")
+
+
+def tool(text):
+    """The calculator; where the tool is a search, an expression that cannot be computed is one that finds nothing."""
+    result = calculator(text)
+    return experiment.search.NOTHING if is_qa() and result.startswith("Error") else result
+
+
 def config_of(**changes):
-    return train.Config(**{"precision": "float32", "max_new_tokens": 200, "max_length": 4000, **changes})
+    whole_results = {"max_result_tokens": 4000} if is_qa() else {}
+    settings = {"precision": "float32", "max_new_tokens": 200, "max_length": 4000, **whole_results}
+    return train.Config(**settings | changes)
 
 
-def call(expression):
-    arguments = json.dumps({"expression": expression})
-    return f'<tool_call>\n{{"name": "calculator", "arguments": {arguments}}}\n</tool_call>'
+def as_answer(text):
+    return [text] if is_qa() else text
+
+
+def function(text):
+    return {"name": "search", "arguments": {"query": text}} if is_qa() else call_of_the_calculator(text)
+
+
+def call_of_the_calculator(text):
+    return {"name": "calculator", "arguments": {"expression": text}}
+
+
+def call(text):
+    return f"<tool_call>\n{json.dumps(function(text))}\n</tool_call>"
 
 
 def prompt_of(question, answer, tokenizer=QWEN):
@@ -74,7 +107,7 @@ def play(*dialogues, tokenizer=QWEN, header=HEADER, **changes):
         for prompt, (_, _, turns) in zip(prompts, dialogues)
     }
     policy = plays(scripts, header, tokenizer)
-    experiences = train.rollout(policy, tokenizer, prompts, 1, config_of(**changes))
+    experiences = train.rollout(policy, tokenizer, prompts, 1, config_of(**changes), tool=tool)
     return [experience.trajectories[0] for experience in experiences]
 
 
@@ -84,9 +117,9 @@ def whole(trajectory, tokenizer=QWEN):
 
 # ---------------------------------------------------------------- exactness
 def random_tool(monkeypatch, longest_result=8):
-    """In place of the calculator: three turns in four, by their text, call a tool whose results differ in length."""
-    monkeypatch.setattr(train, "parse_call", lambda turn: {"expression": turn} if len(turn.encode()) % 4 else None)
-    reply = lambda call, works=True: ("ok", "result " * (hash_of(call["expression"]) % longest_result))  # noqa: E731
+    """Three turns in four, by their text, call a tool whose results differ in length."""
+    monkeypatch.setattr(train, "parse_call", lambda turn: {"text": turn} if len(turn.encode()) % 4 else None)
+    reply = lambda call, tool: ("ok", "result " * (hash_of(call["text"]) % longest_result))  # noqa: E731
     monkeypatch.setattr(train, "run_call", reply)
 
 
@@ -98,10 +131,10 @@ def random_trajectories(model, monkeypatch, tokenizer=None, group_size=8, **chan
     """Trajectories of a model with random weights, 1 to 4 turns, and all three statuses among them."""
     random_tool(monkeypatch)
     tokenizer = tokenizer or make_tokenizer(chat_template("qwen2_5"), TEMPLATES["qwen2_5"][0])
-    prompts = [train.Prompt(list(range(40, 40 + length)), "42") for length in (5, 17, 30)]
+    prompts = [train.Prompt(list(range(40, 40 + length)), as_answer("42")) for length in (5, 17, 30)]
     settings = dict(max_new_tokens=24, max_length=600, temperature=0.7, group_size=group_size, rollouts_per_step=3)
     config = config_of(**{**settings, **changes}, train_batch_size=3 * group_size)
-    return train.rollout(many_ends(model), tokenizer, prompts, group_size, config, generator_of()), config
+    return train.rollout(many_ends(model), tokenizer, prompts, group_size, config, generator_of(), tool=tool), config
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -248,7 +281,7 @@ def test_equal_histories_are_prefilled_once():
     prompt = prompt_of("What is 12 * 3?", 36)
     turns = [encode(text) + [END] for text in (call("12 * 3"), "<answer>36</answer>")]
     policy = plays({tuple(prompt.ids): turns})
-    (experience,) = train.rollout(policy, QWEN, [prompt], 8, config_of(), generator_of())
+    (experience,) = train.rollout(policy, QWEN, [prompt], 8, config_of(), generator_of(), tool=tool)
     assert policy.rows_seen == [1, 1] and [t.status for t in experience.trajectories] == ["answered"] * 8
 
 
@@ -261,7 +294,7 @@ def test_a_canonical_trajectory_is_the_templates_own_rendering(name):
     turns = [call("12 * 3"), f"Once more.\n{call('36 * 2')}", "<answer>72</answer>"]
     (trajectory,) = play(("What is 12 * 3 * 2?", 72, turns), tokenizer=tokenizer, header=header)
     assert trajectory.status == "answered" and trajectory.outcomes == ["ok", "ok"]
-    system = train.Config().system_prompt + calculator.TOOL_PROMPT
+    system = train.Config().system_prompt + train.TOOL_PROMPT
     chat = [{"role": "system", "content": system}, {"role": "user", "content": "What is 12 * 3 * 2?"}]
     for turn, result in zip(turns, ("36", "72", None)):
         chat.append({"role": "assistant", "content": turn})
@@ -282,15 +315,14 @@ def test_on_qwen_it_is_the_native_rendering_of_tools(name):
     tokenizer = make_tokenizer(chat_template(name), TEMPLATES[name][0])
     turns = [call("12 * 3"), "<answer>36</answer>"]
     (trajectory,) = play(("What is 12 * 3?", 36, turns), tokenizer=tokenizer)
-    function = {"name": "calculator", "arguments": {"expression": "12 * 3"}}
     chat = [
         {"role": "system", "content": train.Config().system_prompt},
         {"role": "user", "content": "What is 12 * 3?"},
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
-        {"role": "tool", "name": "calculator", "content": "36"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function("12 * 3")}]},
+        {"role": "tool", "name": function("")["name"], "content": "36"},
         {"role": "assistant", "content": "<answer>36</answer>"},
     ]
-    tools = [calculator.get_json_schema(calculator.calculator)]
+    tools = [transformers.utils.get_json_schema(experiment.search.search if is_qa() else calculator)]
     text = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False).replace("<think>\n\n</think>\n\n", "")
     assert text == whole(trajectory, tokenizer) + "\n"
 
@@ -350,7 +382,7 @@ def result(monkeypatch):
     """Sets what the tool returns."""
 
     def set_result(text):
-        monkeypatch.setattr(train, "run_call", lambda call, works=True: ("ok", text))
+        monkeypatch.setattr(train, "run_call", lambda call, tool: ("ok", text))
 
     return set_result
 
@@ -387,7 +419,7 @@ def test_a_note_survives_a_cut_result(result):
     assert "@@@\nThat was the last call: answer now.\n</tool_response>" in whole(trajectory)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(), st.integers(0, 80))
 def test_any_result_fits_or_is_refused(text, room):
     environment = train.Environment(QWEN)
@@ -428,7 +460,15 @@ def test_one_turn_is_the_base_experiment():
 def group(*trajectories):
     """An Experience of (status, last turn, outcomes) whose right answer is 36."""
     made = [
-        train.Trajectory(train.Prompt([1], "36"), [2], [1], [-1.0], ["..."] * len(outcomes) + [turn], outcomes, status)
+        train.Trajectory(
+            train.Prompt([1], as_answer("36")),
+            [2],
+            [1],
+            [-1.0],
+            ["..."] * len(outcomes) + [turn],
+            outcomes,
+            status=status,
+        )
         for status, turn, outcomes in trajectories
     ]
     return train.make_experience(made)
@@ -459,7 +499,7 @@ RIGHT = "<answer>36</answer>"
 def test_reward(status, turn, outcomes, accuracy, form):
     parts = train.reward(group((status, turn, outcomes)), config_of(format_weight=0.25))
     assert {name: part.item() for name, part in parts.items()} == {
-        "reward_accuracy": accuracy,
+        "reward_f1" if is_qa() else "reward_accuracy": accuracy,
         "reward_format": 0.25 * form,
     }
 
@@ -543,39 +583,10 @@ def test_rollout_metrics_by_hand():
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
 
 
-def test_evaluation_with_and_without_the_tool():
-    """Without it every call comes back with an error: what is left is what the policy can do by itself. And the figures
-    of each number of digits."""
-    prompts = [prompt_of(f"What is {i} * 3?", 3 * i) for i in (12, 13, 14, 15)]
-    for prompt, digits in zip(prompts, (3, 3, 4, 4)):
-        prompt.num_digits = digits
-    said = [["<answer>36</answer>"], [call("13 * 3"), None], [call("14 * 3"), "It is 42"], ["<answer>0</answer>"]]
-    scripts = [[encode(turn) + [END] if turn else None for turn in turns] for turns in said]
-    right, wrong = (encode(f"<answer>{n}</answer>") + [END] for n in (39, 7))
-
-    def next_logits(row):
-        text = QWEN.decode(row)
-        scripts[1][1] = wrong if calculator.BROKEN in text else right
-        return plays({tuple(p.ids): turns for p, turns in zip(prompts, scripts)}).next_logits(row)
-
-    figures = train.evaluate(scripted(next_logits), QWEN, prompts, config_of())
-    assert figures == pytest.approx(
-        {
-            "eval_accuracy": 0.5,
-            "eval_accuracy_lenient": 0.75,
-            "eval_accuracy_no_tool": 0.25,
-            "eval_tool_use_rate": 0.5,
-            "eval_accuracy_3_digits": 1.0,
-            "eval_accuracy_4_digits": 0.0,
-            "eval_count": 4,
-        }
-    )
-
-
 def test_a_whole_trajectory_is_shown_turn_by_turn():
     prompt = prompt_of("What is 12 * 3?", 36)
     policy = plays({tuple(prompt.ids): [encode(t) + [END] for t in (call("12 * 3"), RIGHT)]})
-    (experience,) = train.rollout(policy, QWEN, [prompt], 2, config_of(), generator_of())
+    (experience,) = train.rollout(policy, QWEN, [prompt], 2, config_of(), generator_of(), tool=tool)
     experience.rewards, experience.advantages = torch.tensor([1.1, 0.1]), torch.tensor([0.7, -0.7])
     shown = train.show_trajectory(experience, QWEN)
     parts = [part.partition("\n") for part in shown.split("--- ")[1:]]
@@ -584,36 +595,11 @@ def test_a_whole_trajectory_is_shown_turn_by_turn():
     assert parts[4][0] == "answered; right answer: 36, reward 1.10, advantage +0.70"
 
 
-# ---------------------------------------------------------------- data
-def test_the_harder_tasks_are_selected():
-    class Words:
-        def apply_chat_template(self, messages, **_):
-            return messages[-1]["content"]
-
-        def __call__(self, text, **_):
-            return SimpleNamespace(input_ids=text.split())
-
-    prompts, held_out = train.read_prompts(config_of(), Words())
-    assert len(prompts) == 1024 and len(held_out) == 512
-    assert {prompt.num_digits for prompt in prompts} == {prompt.num_digits for prompt in held_out} == {3, 4}
-    assert all("*" in prompt.ids for prompt in prompts + held_out)
-
-
-def test_other_data_brings_its_own_held_out_rows(tmp_path):
-    """The hard tasks are held out for the default data alone, and rows without num_digits are taken as they are."""
-    rows = [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(40)]
-    path = tmp_path / "tasks.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts, held_out = train.read_prompts(config_of(data_path=str(path)), QWEN)
-    assert [len(prompts), len(held_out)] == [36, 4] and held_out[0].num_digits is None
-
-
 # ---------------------------------------------------------------- runs
-@pytest.mark.parametrize("experiment_name", EXPERIMENTS)
 @pytest.mark.parametrize("kind", [dict(lora_rank=4, lr=1e-2), dict(lora_rank=4, load_in_4bit=True, lr=1e-2)])
-def test_adapters_and_4_bit_weights_train(kind, experiment_name, tmp_path, model, monkeypatch):
-    module = load_experiment(experiment_name).train
-    monkeypatch.setattr(module, "accuracy_reward", fingerprint)
+def test_adapters_and_4_bit_weights_train(kind, tmp_path, model, monkeypatch):
+    experiment_name = EXPERIMENTS[is_qa()]
+    reward_by(fingerprint, train, monkeypatch)
     random_tool(monkeypatch, longest_result=5)
     run_main(tmp_path, model, experiment_name, max_new_tokens=12, train_batch_size=16, **kind)
     logged = metrics(tmp_path)
@@ -624,22 +610,27 @@ def test_adapters_and_4_bit_weights_train(kind, experiment_name, tmp_path, model
 
 
 # ---------------------------------------------------------------- what it shares with the base
-SAME = """make_generator prompts_of_step parse_number accuracy_reward is_lenient_match group_advantages
-sequences_log_probs token_log_probs remember_log_probs""".split()
+SAME = "make_generator prompts_of_step group_advantages sequences_log_probs token_log_probs remember_log_probs".split()
+OWN = """Prompt Trajectory Config read_prompts is_selected make_prompt parse_number accuracy_reward is_lenient_match
+given_answer reward respond evaluate rollout_metrics trajectory_metrics show_trajectory main""".split()
 
 
-@pytest.mark.parametrize("experiment_name", EXPERIMENTS)
-def test_what_is_not_about_turns_is_the_bases(experiment_name):
+def functions(name):
+    tree = ast.parse((ROOT / name / "train.py").read_text())
+    return {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_what_is_not_about_turns_is_the_bases():
     """So that the base's tests of it hold here too."""
-    base, other = (ast.parse((ROOT / name / "train.py").read_text()) for name in ("experiment_base", experiment_name))
-    functions = [
-        {f.name: ast.unparse(f) for f in tree.body if isinstance(f, ast.FunctionDef)} for tree in (base, other)
-    ]
-    assert all(functions[0][name] == functions[1][name] for name in SAME)
+    base, other = functions("experiment_base"), functions(EXPERIMENTS[is_qa()])
+    assert all(base[name] == other[name] for name in SAME)
+    if not is_qa():
+        assert all(base[name] == other[name] for name in ("parse_number", "accuracy_reward", "is_lenient_match"))
 
 
-def test_the_calculator_is_offered_by_default():
-    config = train.Config()
-    assert config.generate_max_length == config.max_turns * config.max_new_tokens == 256
-    with pytest.raises(SystemExit, match="--max-turns 0: must be above 0"):
-        train.main(train.Config(max_turns=0, model_name="/nowhere"))
+def test_the_two_experiments_differ_in_tool_data_reward_and_metrics_alone():
+    one, other = map(functions, EXPERIMENTS)
+    assert {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)} == set(OWN)
+    for path in (ROOT / EXPERIMENTS[0]).glob("*.py"):
+        if path.name not in ("train.py", "calculator.py"):
+            assert (ROOT / EXPERIMENTS[1] / path.name).read_bytes() == path.read_bytes()

@@ -8,7 +8,8 @@ from helpers import ROOT
 
 EXPERIMENTS = sorted(path.name for path in ROOT.glob("experiment_*") if path.is_dir())
 LENGTHS = {"train.py": 450, "loss.py": 100, "replay_buffer.py": 150, "run.py": 250}
-LONGER = {"experiment_dapo/train.py": 540, "experiment_multiturn_tool_calling/train.py": 600}
+LONGER = {"experiment_dapo/train.py": 540}
+LONGER |= {f"experiment_multiturn_{name}/train.py": 600 for name in ("tool_calling", "qa")}
 PATTERNS = ("experiment_*/*.py", "data/*.py", "benchmarks/*.py", "plot.py")
 SOURCES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 

@@ -19,8 +19,9 @@ import transformers
 from helpers import ROOT, embedded_tokenizer, load_experiment, make_model
 from peft import PeftModel
 
-EXPERIMENTS = ["experiment_base", "experiment_drgrpo", "experiment_dapo", "experiment_multiturn_tool_calling"]
-CHANGES = {"experiment_multiturn_tool_calling": dict(max_length=1200)}  # of TINY: the tool's description is long
+EXPERIMENTS = ["experiment_base", "experiment_drgrpo", "experiment_dapo"]
+EXPERIMENTS += ["experiment_multiturn_tool_calling", "experiment_multiturn_qa"]
+CHANGES = {name: dict(max_length=1200) for name in EXPERIMENTS[3:]}  # of TINY: the tools' descriptions are long
 TIMINGS = {"elapsed_seconds", "sample_tokens_per_second", "train_tokens_per_second", "peak_memory"}
 TINY = dict(
     run_name="run",
@@ -51,7 +52,10 @@ def save_model(folder: Path, architecture: str = "qwen2", **changes) -> str:
 
 
 def write_rows(path: Path, first: int, count: int, **fields) -> Path:
-    rows = [{"question": f"What is {i} + 1?", "answer": i + 1, **fields} for i in range(first, first + count)]
+    rows = [
+        {"question": f"What is {i} + 1?", "answer": i + 1, "context": f"{i} + 1 is {i + 1}.", **fields}
+        for i in range(first, first + count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -96,6 +100,14 @@ def fingerprint(completion: str, answer: str) -> float:
     """In place of the accuracy: differs between any two texts, so every group has spread, and equal means over the
     held-out prompts mean equal completions."""
     return zlib.crc32(completion.encode()) / 2**32
+
+
+def reward_by(score, train, monkeypatch) -> None:
+    """score(completion, right answer) in place of the accuracy, of F1 and of exact match."""
+    for name in {"accuracy_reward", "exact_match", "f1_score"} & {*dir(train)}:
+        monkeypatch.setattr(train, name, score)
+    if hasattr(train, "given_answer"):
+        monkeypatch.setattr(train, "given_answer", lambda trajectory: trajectory.turns[-1])
 
 
 def make_adapter(folder: Path, model: str) -> str:
@@ -386,7 +398,7 @@ skipped_updates""".split()
 def test_metrics_of_a_run(experiment, tmp_path, model, monkeypatch, capsys):
     """A line a step with every field, and the evaluation before the first step, at the interval and after the last."""
     train = load_experiment(experiment).train
-    monkeypatch.setattr(train, "accuracy_reward", lambda *pair: float(fingerprint(*pair) > 0.5))
+    reward_by(lambda *pair: float(fingerprint(*pair) > 0.5), train, monkeypatch)
     run_main(tmp_path, model, experiment, max_steps=3, log_completions_interval=2)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -394,8 +406,8 @@ def test_metrics_of_a_run(experiment, tmp_path, model, monkeypatch, capsys):
     assert all({"eval_accuracy", "eval_accuracy_lenient", "eval_count"} <= set(lines[i]) for i in (0, 2, 3))
     assert lines[0]["eval_count"] == 8
     for line in lines[1:]:
-        missing = set(FIELDS) - set(line)
-        numbers = set(FIELDS) - ({"kl"} if train.Config().kl_weight == 0 else set())
+        fields = {"reward_f1" if name == "reward_accuracy" and "reward_f1" in line else name for name in FIELDS}
+        missing, numbers = fields - set(line), fields - ({"kl"} if train.Config().kl_weight == 0 else set())
         assert not missing and all(isinstance(line[name], (int, float)) for name in numbers), (missing, line)
         parts = [line[name] for name in line if name.startswith("reward_") and name != "reward_std"]
         assert math.isclose(line["reward"], sum(parts), abs_tol=1e-5)
@@ -629,7 +641,7 @@ def assert_resumes(folder: Path, model: str, experiment: str, max_steps: int, **
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_resumes(experiment, tmp_path, model, monkeypatch):
     """As above, in full training, for the parts of a resume that are in each train.py."""
-    monkeypatch.setattr(load_experiment(experiment).train, "accuracy_reward", fingerprint)
+    reward_by(fingerprint, load_experiment(experiment).train, monkeypatch)
     assert_resumes(tmp_path, model, experiment, max_steps=4)
 
 
