@@ -1,9 +1,11 @@
 """Run a multi-turn experiment's default command for several seeds and draw what came out.
 
     python benchmarks/multiturn_curve.py            # seeds 42, 1 and 2, one after the other, about 16 minutes
+    python benchmarks/multiturn_curve.py --experiment experiment_multiturn_qa           # about QAMINUTES minutes
 
-Writes results/multiturn_tool_calling_curve.json (every seed's figures, and the greedy trajectories of ten held-out
-questions before and after) and a picture beside it. Runs that are complete under --log-dir are not repeated.
+Writes results/multiturn_tool_calling_curve.json or results/multiturn_qa_curve.json (every seed's figures, and greedy
+trajectories of ten held-out questions before and after) and a picture beside it. Runs that are complete under --log-dir
+are not repeated.
 """
 
 import datetime
@@ -18,7 +20,21 @@ import torch
 import tyro
 from base_curve import ROOT, plt, run_seed
 
-SAMPLED = ("reward_accuracy", "tool_use_rate", "calls", "malformed_calls", "failed_calls", "completion_length")
+SAMPLED = """reward_accuracy reward_f1 em searches recall_at_k tool_use_rate calls malformed_calls failed_calls
+completion_length""".split()
+PANELS = {  # experiment -> title: metrics; the first one is what has to pass the bar
+    "experiment_multiturn_tool_calling": {
+        "held out, greedy": ("eval_accuracy", "eval_tool_use_rate", "eval_accuracy_no_tool"),
+        "sampled: what is trained on": ("reward_accuracy", "tool_use_rate"),
+        "sampled: calls of a trajectory": ("calls", "malformed_calls", "failed_calls"),
+    },
+    "experiment_multiturn_qa": {
+        "held out, greedy": ("eval_em", "eval_em_two_hop", "eval_accuracy_no_tool"),
+        "sampled: what is trained on": ("em", "recall_at_k"),
+        "searches of a trajectory": ("eval_searches_one_hop", "eval_searches_two_hop", "searches"),
+    },
+}
+BARS = {"experiment_multiturn_tool_calling": 0.95, "experiment_multiturn_qa": 0.9}
 
 
 @dataclass
@@ -31,15 +47,17 @@ class Config:
     results: Path = ROOT / "results"
 
 
-def summarise(seed: int, lines: list[dict]) -> dict:
+def summarise(seed: int, lines: list[dict], bar: float) -> dict:
     evaluated = [line for line in lines if "eval_accuracy" in line]
-    passed = [line["elapsed_seconds"] for line in evaluated[1:] if line["eval_accuracy"] >= 0.95]
+    passed = [line["elapsed_seconds"] for line in evaluated[1:] if line["eval_accuracy"] >= bar]
     names = sorted(name for name in evaluated[0] if name.startswith("eval_") and name != "eval_count")
     return {
         "seed": seed,
         **{name: [evaluated[0][name], evaluated[-1][name]] for name in names},  # before and after
-        **{f"sampled_{name}": [lines[1][name], lines[-1][name]] for name in SAMPLED},  # in the first and the last step
-        "seconds_to_95_percent": passed[0] if passed else None,  # evaluations included
+        **{
+            f"sampled_{name}": [lines[1][name], lines[-1][name]] for name in SAMPLED if name in lines[1]
+        },  # first, last step
+        f"seconds_to_{bar:.0%}".replace("%", "_percent"): passed[0] if passed else None,  # evaluations included
         "training_seconds": lines[-1]["elapsed_seconds"],
         "steps": lines[-1]["step"],
         "peak_memory_gib": lines[-1]["peak_memory"],
@@ -51,21 +69,19 @@ def greedy_trajectories(train, model_name: str, count: int = 10) -> list[dict]:
     """The policy's greedy trajectories of the first held-out questions, behind their prompts."""
     config, device = train.resolve(train.Config(model_name=model_name, kl_weight=0))
     tokenizer = train.load_tokenizer(model_name)
-    _, prompts = train.read_prompts(config, tokenizer)
+    _, prompts, *search = train.read_prompts(config, tokenizer)
     policy, _ = train.load_model(config, device)
-    trajectories = [e.trajectories[0] for e in train.rollout(policy, tokenizer, prompts[:count], 1, config)]
+    tool = search[0] if search else train.calculator
+    trajectories = [e.trajectories[0] for e in train.rollout(policy, tokenizer, prompts[:count], 1, config, tool=tool)]
     return [
         {"prompt": tokenizer.decode(t.prompt.ids), "text": tokenizer.decode(t.ids), "answer": t.prompt.answer}
         for t in trajectories
     ]
 
 
-def draw(curves: dict[int, list[dict]], path: Path) -> None:
+def draw(curves: dict[int, list[dict]], experiment: str, path: Path) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(15, 4))
-    evaluated = ("eval_accuracy", "eval_tool_use_rate", "eval_accuracy_no_tool")
-    titles = ("held out, greedy", "sampled: what is trained on", "sampled: calls of a trajectory")
-    shown = (evaluated, ("reward_accuracy", "tool_use_rate"), ("calls", "malformed_calls", "failed_calls"))
-    for panel, title, names in zip(panels, titles, shown):
+    for panel, (title, names) in zip(panels, PANELS[experiment].items()):
         for i, name in enumerate(names):
             for j, lines in enumerate(curves.values()):
                 points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
@@ -74,7 +90,7 @@ def draw(curves: dict[int, list[dict]], path: Path) -> None:
         panel.set(xlabel="step", title=title)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    panels[0].axhline(0.95, color="grey", linewidth=0.5)
+    panels[0].axhline(BARS[experiment], color="grey", linewidth=0.5)
     figure.text(0.01, 0.01, f"seeds {', '.join(map(str, curves))}: solid, dashed, dotted", fontsize=8)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=110)
@@ -82,6 +98,7 @@ def draw(curves: dict[int, list[dict]], path: Path) -> None:
 
 def main(config: Config) -> None:
     experiment = ROOT / config.experiment
+    config.log_dir /= config.experiment
     curves = {seed: run_seed(seed, config, experiment, config.eval_interval) for seed in config.seeds}
     sys.path.insert(0, str(experiment))
     import train
@@ -93,7 +110,7 @@ def main(config: Config) -> None:
         "command": f"python {config.experiment}/train.py --seed SEED --eval-interval {config.eval_interval}",
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-        "seeds": [summarise(seed, lines) for seed, lines in curves.items()],
+        "seeds": [summarise(seed, lines, BARS[config.experiment]) for seed, lines in curves.items()],
         "trajectories": [
             {"prompt": b["prompt"], "answer": b["answer"], "before": b["text"], "after": a["text"]}
             for b, a in zip(before, after)
@@ -101,7 +118,7 @@ def main(config: Config) -> None:
     }
     stem = f"{config.experiment.removeprefix('experiment_')}_curve"
     (config.results / f"{stem}.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw(curves, config.results / f"{stem}.png")
+    draw(curves, config.experiment, config.results / f"{stem}.png")
     print(json.dumps(report["seeds"], indent=2))
 
 
