@@ -1,7 +1,7 @@
 """The tool: full-text search over a corpus, SQLite FTS5 ranked by bm25, and how the model's calls are read.
 
 The index is a file beside the corpus, built once and again when the corpus has changed, opened read-only for queries.
-These are text as people and models write it: nothing in one is syntax, and none raises.
+A query is text as people and models write it: nothing in it is syntax, and none raises.
 """
 
 import glob
@@ -89,16 +89,19 @@ def find_corpus(data_path: str, rows: list[tuple[str, dict]]) -> tuple[Path, str
     data = Path(data_path)
     corpus = data.parent / "corpus.jsonl"
     if data.is_file() and corpus.is_file():
-        with open(corpus, "rb") as file:
-            return corpus.with_suffix(".sqlite"), hashlib.file_digest(file, "sha256").hexdigest(), read_corpus(corpus)
+        try:
+            digest = hashlib.sha256(corpus.read_bytes()).hexdigest()
+        except OSError as error:
+            fail(f"{corpus}: cannot be read ({error})")
+        return corpus.with_suffix(".sqlite"), digest, read_corpus(corpus)
     passages = {}
     for where, row in rows:
         if not isinstance(row.get("context"), str) or not row["context"].strip():
             fail(f"{where}: field 'context' must be text, or a corpus.jsonl must lie beside {data_path}")
         passages[str(row.get("chunk_id", "")), row["context"]] = None
     digest = hashlib.sha256(json.dumps([*passages]).encode()).hexdigest()
-    index = data.with_suffix(".sqlite") if data.is_file() else Path(data_path.replace("/", "_") + ".sqlite")
-    return index, digest, passages
+    name = data.with_suffix("") if data.is_file() else re.sub(r"\W", "_", data_path)  # a hub's goes to this directory
+    return Path(f"{name}.sqlite"), digest, passages
 
 
 # ---------------------------------------------------------------- the index
@@ -108,22 +111,24 @@ def build_index(index: Path, digest: str, passages: Iterable[tuple[str, str]]) -
     It is written aside, into a file that its process keeps locked, and renamed when it is whole. So readers have the
     old one or the new one, of two processes that build the later one stays, and what a killed one left is deleted.
     """
-    digest = f"{VERSION} {digest}"
-    if read_digest(index) == digest:
+    digest, found = f"{VERSION} {digest}", read_digest(index)
+    if found == digest:
         return
+    if found is None and index.exists():
+        fail(f"{index}: exists and is no index of a corpus; move it away, or choose another --index-path")
     aside = index.with_name(f"{index.name}.{os.getpid()}.building")
     try:
         delete_leftovers(index)
         with closing(sqlite3.connect(aside, isolation_level=None)) as connection:
-            connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA locking_mode=EXCLUSIVE")
+            connection.executescript("PRAGMA journal_mode=OFF; PRAGMA locking_mode=EXCLUSIVE")
             connection.execute("BEGIN EXCLUSIVE")
             for statement in filter(str.strip, TABLES.split(";")):
                 connection.execute(statement)
             count = 0
-            for count, (title, text) in enumerate(passages, 1):
+            for count, passage in enumerate(passages, 1):
                 title, text = (
-                    part.encode(errors="replace").decode() for part in (title, text)
-                )  # half a surrogate pair
+                    part.encode(errors="replace").decode() for part in passage
+                )  # without half surrogate pairs
                 connection.execute("INSERT INTO passages VALUES (?, ?, ?)", [count, title, text])
                 row = [count, split_characters(title), split_characters(text)]
                 connection.execute("INSERT INTO words(rowid, title, text) VALUES (?, ?, ?)", row)
@@ -146,7 +151,7 @@ def connect(index: Path) -> sqlite3.Connection:
 
 
 def read_digest(index: Path) -> str | None:
-    """The digest of the corpus that an index was built from; None where it is none, or is damaged."""
+    """The digest of the corpus that an index was built from; None where it is no index."""
     try:
         with closing(connect(index)) as connection:
             return connection.execute("SELECT digest FROM corpus").fetchone()[0]
@@ -178,7 +183,7 @@ class Search:
         self.stemmer = sqlite3.connect(":memory:", isolation_level=None)  # FTS5's own, which it does not give away
         self.stemmer.execute(f"CREATE VIRTUAL TABLE words USING fts5(text, content='', tokenize='{TOKENIZER}')")
         self.stemmer.execute("CREATE VIRTUAL TABLE vocabulary USING fts5vocab(words, 'row')")
-        self.count = lru_cache(100_000)(self.count)
+        self.count = lru_cache(10_000)(self.count)
 
     def __call__(self, query: str) -> str:
         """The best passages, a line "title: text" for each, or a text that says that there is none."""
@@ -229,7 +234,7 @@ BROKEN = "Error: the search does not work, answer without it"  # its only result
 EXPECTED = 'expected {"name": "search", "arguments": {"query": "a name"}}'
 
 
-def search(query: str) -> str:
+def search(query: str) -> str:  # what the description is made of; `Search` does it
     """Search a corpus of passages.
 
     Args:

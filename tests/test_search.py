@@ -155,24 +155,23 @@ FRAGMENTS = st.sampled_from(
 @example("中" * 100_000)
 @example("\u0e31" * 5000)
 def test_any_text_is_a_query(text):
-    """Never an exception, and never more than 100 ms on 10,000 passages (the best of three, on a busy machine)."""
+    """Never an exception, and never more than 100 ms on 10,000 passages: of this thread's time, and of three tries, so
+    that a busy machine does not matter."""
     search, _ = ten_thousand()
     seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
+    while len(seconds) < 3 and not min(seconds, default=1) < 0.1:
+        start = time.thread_time()
         assert isinstance(search(text), str)
-        seconds.append(time.perf_counter() - start)
-        if seconds[-1] < 0.1:
-            return
-    raise AssertionError(seconds)
+        seconds.append(time.thread_time() - start)
+    assert min(seconds) < 0.1
 
 
-def test_queries_of_common_words_are_no_slower():
+def test_queries_of_common_words_read_no_more_than_others():
     search, words = ten_thousand()
     for query in (" ".join(words[:32]), " ".join(words[10:42]), " ".join(words[100:132])):
-        start = time.perf_counter()
+        terms = search.choose_terms(query)
         assert search(query) != search_module.NOTHING
-        assert time.perf_counter() - start < 0.5  # 10 ms alone; a stop against what is quadratic
+        assert len(terms) == 1 or sum(map(search.count, terms)) <= search_module.MAX_POSTINGS
 
 
 # ---------------------------------------------------------------- the index
@@ -192,10 +191,21 @@ def test_it_is_built_once_and_again_when_the_corpus_changes(tmp_path):
     assert (
         titles(Search(index, 3), "Ann") == ["Ann Lee"] and len(titles(reader, "Ann")) == 2
     )  # who reads has the old one
-    index.write_bytes(b"no index")
-    build_index(index, "2", PASSAGES)
-    assert len(titles(Search(index, 3), "Ann")) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.sqlite"]
+
+
+def test_a_file_that_is_no_index_is_left_alone(tmp_path):
+    """Bug: --index-path, or a database of the user's beside the data, overwritten."""
+    index = tmp_path / "corpus.sqlite"
+    for make in (lambda: index.write_bytes(b"mine"), lambda: index.unlink(), index.mkdir):
+        make()
+        if index.exists():
+            with pytest.raises(SystemExit, match="corpus.sqlite: exists and is no index of a corpus; move it away"):
+                build_index(index, "1", PASSAGES)
+    with sqlite3.connect(tmp_path / "mine.db") as connection:
+        connection.execute("CREATE TABLE corpus(mine)")
+    with pytest.raises(SystemExit, match="mine.db: exists and is no index"):
+        build_index(tmp_path / "mine.db", "1", PASSAGES)
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
