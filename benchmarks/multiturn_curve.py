@@ -1,7 +1,7 @@
 """Run a multi-turn experiment's default command for several seeds and draw what came out.
 
     python benchmarks/multiturn_curve.py            # seeds 42, 1 and 2, one after the other, about 16 minutes
-    python benchmarks/multiturn_curve.py --experiment experiment_multiturn_qa           # about QAMINUTES minutes
+    python benchmarks/multiturn_curve.py --experiment experiment_multiturn_qa --eval-interval 8    # about 25 minutes
 
 Writes results/multiturn_tool_calling_curve.json or results/multiturn_qa_curve.json (every seed's figures, and greedy
 trajectories of ten held-out questions before and after) and a picture beside it. Runs that are complete under --log-dir
