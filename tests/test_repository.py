@@ -83,5 +83,10 @@ def test_every_flag_that_the_readmes_show_exists():
             for command in re.findall(rf"{experiment}/train\.py((?:[^`\n]|\\\n)*)", readme.read_text()):
                 for flag in re.findall(r"--([a-z0-9-]+)", command.split("#")[0]):
                     assert flag == "help" or re.search(rf"^    {flag.replace('-', '_')}: ", config, re.M), flag
-        for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)", (ROOT / experiment / "README.md").read_text()):
+        readme = (ROOT / experiment / "README.md").read_text()
+        for script, flags in re.findall(r"((?:data|benchmarks)/\w+\.py)((?:[^`\n]|\\\n)*)", readme):
+            for flag in re.findall(r"--([a-z0-9-]+)", flags):
+                assert re.search(rf"^    {flag.replace('-', '_')}: ", (ROOT / script).read_text(), re.M), flag
+        readme = re.sub(r"(?:data|benchmarks)/\w+\.py(?:[^`\n]|\\\n)*|without\s+`--model-name`", "", readme)
+        for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)", readme):
             assert flag in ("help", "logdir") or re.search(rf"^    {flag.replace('-', '_')}: ", config, re.M), flag
