@@ -39,19 +39,8 @@ KINDS = ("novel", "film", "opera", "play")
 PLACE_BEGINNINGS = ("New", "Old", "Upper", "Lower", "Port", "Fort", "Lake", "Mount")
 COMPANY_ENDINGS = ("Lines", "Mills", "Bank", "Foods", "Motors", "Press", "Trade", "Tools", "Group", "Sons")
 COMPANY_ENDINGS += ("Brothers", "Union", "Partners", "Energy", "Mines", "Farms", "Labs", "Systems")
-WORK_BEGINNINGS = (
-    "Bridge",
-    "Garden",
-    "House",
-    "Island",
-    "Letter",
-    "Lamp",
-    "Mirror",
-    "Night",
-    "Song",
-    "Tower",
-    "Winter",
-)
+WORK_BEGINNINGS = ("Bridge", "Garden", "House", "Island", "Letter", "Lamp", "Mirror", "Night", "Song", "Tower")
+WORK_BEGINNINGS += ("Winter",)
 PASSAGES = {
     "person": (
         "{occupation} born in {birthplace} in {year}, now with {employer}.",
@@ -221,9 +210,8 @@ def write_world(config):
     with tempfile.TemporaryDirectory() as folder:
         build_index(Path(folder) / "index", "", [(entity.name, entity.text) for entity in entities])
         index = Search(Path(folder) / "index", TOP_K)
-        for name, world, count in zip(
-            ("questions", "questions_eval"), worlds, (config.questions, config.eval_questions)
-        ):
+        counts = {"questions": config.questions, "questions_eval": config.eval_questions}
+        for (name, count), world in zip(counts.items(), worlds):
             rows = [
                 {
                     "chunk_id": ids[question.entities[-1].name],
@@ -329,7 +317,7 @@ def write_texts(config):
     """The same three files from a folder of texts, with a question at most a passage. Held out are whole documents; or
     passages, where one document holds most of them."""
     rng = random.Random(config.seed)
-    paths = sorted(path for path in config.from_texts.rglob("*") if path.suffix.lower() in TEXTS)
+    paths = sorted(path for path in config.from_texts.rglob("*") if path.suffix.lower() in TEXTS and path.is_file())
     passages = [
         {"id": f"{path.relative_to(config.from_texts)}#{number}", "title": title, "text": passage}
         for path in paths
@@ -381,16 +369,12 @@ class Config:
 
 
 def main(config: Config):
-    if not config.from_texts:
-        return write_world(config)
-    if not config.from_texts.is_dir():
+    if config.from_texts and not config.from_texts.is_dir():
         fail(f"--from-texts {config.from_texts}: no such directory")
-    taken = [
-        name for name in ("corpus.jsonl", "questions.json", "questions_eval.json") if (config.output / name).exists()
-    ]
-    if taken:
-        fail(f"--output {config.output}: {taken[0]} exists; choose another directory")
-    write_texts(config)
+    for name in ("corpus.jsonl", "questions.json", "questions_eval.json"):
+        if (config.output / name).exists() and (config.from_texts or config.output != OUTPUT):
+            fail(f"--output {config.output}: {name} exists; choose another directory")
+    (write_texts if config.from_texts else write_world)(config)
 
 
 if __name__ == "__main__":

@@ -218,9 +218,10 @@ QUERY_SLIPS = (
 def training_world(seed):
     """A world of its own for the demonstrations, without a word of the held-out one: (entities by name, index)."""
     world = make_qa.make_world(random.Random(f"world {seed}"), 2550)
-    index = Path(tempfile.mkdtemp()) / "index.sqlite"
-    search.build_index(index, str(seed), [(entity.name, entity.text) for entity in world.values()])
-    return world, list(world), search.Search(index, TOP_K)
+    with tempfile.TemporaryDirectory() as folder:
+        index = Path(folder) / "index.sqlite"
+        search.build_index(index, "", [(entity.name, entity.text) for entity in world.values()])
+        return world, list(world), search.Search(index, TOP_K)  # which keeps the file open
 
 
 @cache
@@ -311,9 +312,7 @@ class Policy:
     # The learned tokens of a row in the mixture, about. A batch's loss is divided by them where they are given, else by
     # its own tokens; then those of short rows, which go into a batch together, weigh more, and short habits spread.
     mixture_tokens: int | None = None
-    reply: Callable[[str], str | None] = (
-        calculated  # of the environment, when it is measured; None where a turn has no call
-    )
+    reply: Callable[[str], str | None] = calculated  # the environment's, to a turn; None where that has no call
     names_apart: bool = False  # a name's tokens are the same behind a space, a quote and at the start of a line
 
 
@@ -579,11 +578,8 @@ def measure(model, tokenizer, policy, config, start="", sample=False):
 
 def is_lenient_match(turn, answer):
     """Whether a text stands in the turn, or a number is the last one in it."""
-    return (
-        answer in turn
-        if isinstance(answer, str)
-        else (re.findall(r"(?:(?<![0-9])-)?[0-9]+", turn) or [""])[-1] == str(answer)
-    )
+    numbers = re.findall(r"(?:(?<![0-9])-)?[0-9]+", turn)
+    return answer in turn if isinstance(answer, str) else numbers[-1:] == [str(answer)]
 
 
 def main(config: Config):

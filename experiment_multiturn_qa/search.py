@@ -20,7 +20,7 @@ from pathlib import Path
 from run import fail
 from transformers.utils import get_json_schema
 
-NOTHING = "No passage found."  # the result then
+NOTHING = "No passage found."  # the result where no term of a query occurs
 COMMON = 0.05  # terms in more than this fraction of the passages are dropped from queries ...
 COMMON_PASSAGES = 5  # ... and in more than this many, or a corpus of ten passages would drop every term that it has
 FREQUENT = 100  # terms in more passages are counted when the index is built, the others when they are asked for

@@ -389,6 +389,13 @@ def test_the_files_can_be_made_again(tmp_path):
         assert (tmp_path / name).read_bytes() == (DATA / "qa" / name).read_bytes()
 
 
+def test_files_of_the_users_are_not_overwritten(tmp_path):
+    (tmp_path / "questions.json").write_text("mine")
+    with pytest.raises(SystemExit, match="questions.json exists; choose another directory"):
+        make_qa.main(make_qa.Config(output=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["questions.json"]
+
+
 def test_held_out_entities_appear_nowhere_in_training():
     """Not a word of their names in a training question, an answer or a passage that training entities have, nor in what
     the embedded policy was taught; and no training question finds a held-out passage."""
@@ -488,6 +495,7 @@ def texts_of(folder):
     (folder / "b.txt").write_text("# Not a heading\n\nIn spring, Bob Moss met 3 friends.")
     (folder / "c.markdown").write_bytes("北京是中国的首都。上海有 2400 万人口。\n".encode() + b"\xff")
     (folder / "d.py").write_text("ignored = 1")
+    (folder / "folder.md").mkdir()
     return folder
 
 
