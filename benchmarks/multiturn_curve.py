@@ -54,9 +54,8 @@ def summarise(seed: int, lines: list[dict], bar: float) -> dict:
     return {
         "seed": seed,
         **{name: [evaluated[0][name], evaluated[-1][name]] for name in names},  # before and after
-        **{
-            f"sampled_{name}": [lines[1][name], lines[-1][name]] for name in SAMPLED if name in lines[1]
-        },  # first, last step
+        # in the first and the last step
+        **{f"sampled_{name}": [lines[1][name], lines[-1][name]] for name in SAMPLED if name in lines[1]},
         f"seconds_to_{bar:.0%}".replace("%", "_percent"): passed[0] if passed else None,  # evaluations included
         "training_seconds": lines[-1]["elapsed_seconds"],
         "steps": lines[-1]["step"],

@@ -175,11 +175,16 @@ def make_question(rng, world, names, hops):
 TOP_K = 2  # passages of a search, when it is checked that a question takes as many searches as it has hops
 
 
+def found_titles(question, index):
+    """The titles that a search for each of its names finds; None where one does not find the passage of its name."""
+    found = [[title for title, _ in index.passages(entity.name)] for entity in question.entities]
+    return found if all(entity.name in titles for entity, titles in zip(question.entities, found)) else None
+
+
 def is_proper(question, index):
     """Whether searches for the names find each passage, and neither the question itself as a query nor a search for its
     first name finds what a second one is for."""
-    found = [[title for title, _ in index.passages(entity.name)] for entity in question.entities]
-    if not all(entity.name in titles for entity, titles in zip(question.entities, found)):
+    if not found_titles(question, index):
         return False
     passages = index.passages(question.text) + index.passages(question.entities[0].name)
     return len(question.entities) == 1 or not any(question.answer in f"{title} {text}" for title, text in passages)

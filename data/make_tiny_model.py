@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -227,9 +228,8 @@ def training_world(seed):
 @cache
 def shipped_index():
     """Of the corpus that the held-out questions are about."""
-    path, digest, passages = search.find_corpus(str(Path(__file__).resolve().parent / "qa" / "questions_eval.json"), [])
-    search.build_index(path, digest, passages)
-    return search.Search(path, TOP_K)
+    questions = str(make_qa.OUTPUT / "questions_eval.json")
+    return search.open_search(SimpleNamespace(data_path=questions, index_path=None, top_k=TOP_K), [])
 
 
 def found_by(index, turn):
@@ -269,10 +269,8 @@ def qa_demonstration(rng):
     world, names, index = training_world(rng.randrange(8))
     while True:
         question = make_qa.make_question(rng, world, names, rng.choice((1, 2)))
-        found = [[title for title, _ in index.passages(entity.name)] for entity in question.entities]
-        if all(entity.name in titles for entity, titles in zip(question.entities, found)) and (
-            is_hard(question, found) or rng.random() < EASY_RATE
-        ):
+        found = make_qa.found_titles(question, index)
+        if found and (is_hard(question, found) or rng.random() < EASY_RATE):
             break
     play = partial(dialogue, reply=partial(found_by, index))
     entities = [entity.name for entity in question.entities]
@@ -316,18 +314,20 @@ class Policy:
     names_apart: bool = False  # a name's tokens are the same behind a space, a quote and at the start of a line
 
 
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TOOL_TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 POLICIES = {
     "math": Policy(
         math_demonstration,
         MATH_SYSTEM_PROMPT,
-        ("<think>", "</think>", "<answer>", "</answer>"),
+        TAGS,
         "<think>",
         "math_tasks_eval.jsonl",
     ),
     "math_long": Policy(
         long_demonstration,
         MATH_SYSTEM_PROMPT,
-        ("<think>", "</think>", "<answer>", "</answer>"),
+        TAGS,
         "<think>",
         "math_tasks_long_eval.jsonl",
         start="policy_math",
@@ -335,8 +335,7 @@ POLICIES = {
     "calculator": Policy(
         calculator_demonstration,
         CALCULATOR_SYSTEM_PROMPT + calculator.TOOL_PROMPT,
-        ("<think>", "</think>", "<answer>", "</answer>", "<tools>", "</tools>")
-        + ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+        TAGS + TOOL_TAGS,
         "<tool_call>",
         "math_tasks_hard_eval.jsonl",
         start="policy_math",
@@ -346,8 +345,7 @@ POLICIES = {
     "qa": Policy(
         qa_demonstration,
         QA_SYSTEM_PROMPT + search.TOOL_PROMPT,
-        ("<think>", "</think>", "<answer>", "</answer>", "<tools>", "</tools>")
-        + ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+        TAGS + TOOL_TAGS,
         "<tool_call>",
         "qa/questions_eval.json",
         start="policy_calculator",

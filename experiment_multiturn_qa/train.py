@@ -419,17 +419,18 @@ def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config, search: S
         [e.trajectories[0] for e in rollout(policy, tokenizer, prompts, 1, config, tool=tool)]
         for tool in (search, broken)
     )
-    figures = trajectory_metrics(trajectories)
+    difficulties = ["", *sorted({prompt.difficulty for prompt in prompts} - {""})]  # "" is all
+    parts = {name: [t for t in trajectories if name in ("", t.prompt.difficulty)] for name in difficulties}
+    figures = {name: trajectory_metrics(part) for name, part in parts.items()}
     evaluation = {
-        "eval_accuracy": figures["em"],
+        "eval_accuracy": figures[""]["em"],
         "eval_accuracy_lenient": sum(holds_gold(t.turns[-1], t.prompt.answer) for t in trajectories) / len(prompts),
         "eval_accuracy_no_tool": trajectory_metrics(without_tool)["em"],
-        "eval_tool_use_rate": figures["tool_use_rate"],
+        "eval_tool_use_rate": figures[""]["tool_use_rate"],
     }
-    for difficulty in ["", *sorted({prompt.difficulty for prompt in prompts} - {""})]:
-        figures = trajectory_metrics([t for t in trajectories if difficulty in ("", t.prompt.difficulty)])
+    for difficulty, part in figures.items():
         suffix = re.sub(r"\W+", "_", f"_{difficulty}" if difficulty else "")
-        evaluation |= {f"eval_{name}{suffix}": figures[name] for name in ("em", "f1", "searches", "recall_at_k")}
+        evaluation |= {f"eval_{name}{suffix}": part[name] for name in ("em", "f1", "searches", "recall_at_k")}
     return evaluation | {"eval_count": len(prompts)}
 
 
