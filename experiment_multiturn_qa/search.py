@@ -1,4 +1,4 @@
-"""The tool: full-text search over a corpus, SQLite FTS5 ranked by bm25, and how the model's calls are read.
+"""The tool: full-text search over a corpus, SQLite FTS5 ranked by bm25, and what the model is told of it.
 
 The index is a file beside the corpus, built once and again when the corpus has changed, opened read-only for queries.
 A query is text as people and models write it: nothing in it is syntax, and none raises.
@@ -17,8 +17,8 @@ from contextlib import closing, suppress
 from functools import lru_cache
 from pathlib import Path
 
+from calls import describe_tool, parse_tool_call
 from run import fail
-from transformers.utils import get_json_schema
 
 NOTHING = "No passage found."  # the result where no term of a query occurs
 COMMON = 0.05  # terms in more than this fraction of the passages are dropped from queries ...
@@ -229,7 +229,7 @@ def open_search(config, rows: list[tuple[str, dict]]) -> Search:
     return Search(index, config.top_k)
 
 
-# ---------------------------------------------------------------- what the policy is told of the tool
+# ---------------------------------------------------------------- what the policy is told, and what comes of its calls
 BROKEN = "Error: the search does not work, answer without it"  # its only result in eval_accuracy_no_tool
 EXPECTED = 'expected {"name": "search", "arguments": {"query": "a name"}}'
 
@@ -242,45 +242,12 @@ def search(query: str) -> str:  # what the description is made of; `Search` does
     """
 
 
-TOOL_PROMPT = f"""
-
-# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{json.dumps(get_json_schema(search))}
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""  # word for word what the templates of Qwen2.5 and Qwen3 make of a tool
+TOOL_PROMPT = describe_tool(search)
 
 
 def parse_call(turn: str) -> dict | str | None:
-    """The arguments of the call in a turn; None where it has none; a text where something is wrong with it.
-
-    What stands inside <think> is no call. A turn may hold one.
-    """
-    said = turn.rpartition("</think>")[2].partition("<think>")[0]
-    _, opened, rest = said.partition("<tool_call>")
-    body, closed, rest = rest.partition("</tool_call>")
-    if not opened:
-        return None
-    if not closed or "<tool_call>" in rest:
-        return f"Error: {'one call a turn' if closed else 'the call is not closed'}, {EXPECTED}"
-    try:
-        call = json.loads(body)
-    except (ValueError, RecursionError):
-        return f"Error: not valid JSON, {EXPECTED}"
-    if not isinstance(call, dict) or call.get("name") != "search":
-        return f"Error: unknown tool, {EXPECTED}"
-    arguments = call.get("arguments", call.get("parameters"))
-    if not isinstance(arguments, dict) or [(k, type(v)) for k, v in arguments.items()] != [("query", str)]:
-        return f"Error: wrong arguments, {EXPECTED}"
-    return arguments
+    """{"query": ...} of the call in a turn; None where it has none; a text that says what is wrong with it."""
+    return parse_tool_call(turn, "search", "query", EXPECTED)
 
 
 def broken(query: str) -> str:

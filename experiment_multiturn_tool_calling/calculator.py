@@ -1,17 +1,16 @@
-"""The tool: a calculator that is safe to run on what a language model writes, and how the model's calls are read.
+"""The tool: a calculator that is safe to run on what a language model writes, and what the model is told of it.
 
 Exact arithmetic through a whitelist of syntax nodes. Whatever could take long or much memory is refused before it is
 computed, and every failure is a short text that begins with "Error:", never an exception.
 """
 
 import ast
-import json
 import operator
 import re
 from decimal import Context, Decimal
 from fractions import Fraction
 
-from transformers.utils import get_json_schema
+from calls import describe_tool, parse_tool_call
 
 MAX_CHARACTERS = 200  # of an expression
 MAX_DEPTH = 20  # of parentheses
@@ -94,48 +93,15 @@ def format_number(value: Fraction) -> str:
     return f"{ROUNDED.divide(Decimal(value.numerator), Decimal(value.denominator)).normalize():f}"
 
 
-# What the policy is told of the tool, and how its calls are read
+# What the policy is told of the tool, and what comes of its calls
 EXPECTED = 'expected {"name": "calculator", "arguments": {"expression": "12 * 3"}}'
 BROKEN = "Error: the calculator does not work, answer without it"  # its only result in eval_accuracy_no_tool
-TOOL_PROMPT = f"""
-
-# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{json.dumps(get_json_schema(calculator))}
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""  # word for word what the templates of Qwen2.5 and Qwen3 make of a tool
+TOOL_PROMPT = describe_tool(calculator)
 
 
 def parse_call(turn: str) -> dict | str | None:
-    """The arguments of the call in a turn; None where it has none; a text where something is wrong with it.
-
-    What stands inside <think> is no call. A turn may hold one.
-    """
-    said = turn.rpartition("</think>")[2].partition("<think>")[0]
-    _, opened, rest = said.partition("<tool_call>")
-    body, closed, rest = rest.partition("</tool_call>")
-    if not opened:
-        return None
-    if not closed or "<tool_call>" in rest:
-        return f"Error: {'one call a turn' if closed else 'the call is not closed'}, {EXPECTED}"
-    try:
-        call = json.loads(body)
-    except (ValueError, RecursionError):
-        return f"Error: not valid JSON, {EXPECTED}"
-    if not isinstance(call, dict) or call.get("name") != "calculator":
-        return f"Error: unknown tool, {EXPECTED}"
-    arguments = call.get("arguments", call.get("parameters"))
-    if not isinstance(arguments, dict) or [(k, type(v)) for k, v in arguments.items()] != [("expression", str)]:
-        return f"Error: wrong arguments, {EXPECTED}"
-    return arguments
+    """{"expression": ...} of the call in a turn; None where it has none; a text that says what is wrong with it."""
+    return parse_tool_call(turn, "calculator", "expression", EXPECTED)
 
 
 def broken(expression: str) -> str:

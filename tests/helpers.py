@@ -11,7 +11,7 @@ import transformers
 import trl
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("train", "loss", "replay_buffer", "model", "run", "calculator", "search", "answers", "kv_cache")
+MODULES = ("train", "loss", "replay_buffer", "model", "run", "calculator", "search", "answers", "calls", "kv_cache")
 POLICY = ROOT / "data" / "policy_math"
 
 

@@ -19,6 +19,7 @@ from helpers import ROOT, chat_template, load_experiment
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_sampling import CHATML, make_tokenizer
+from transformers.utils import get_json_schema
 
 search_module = load_experiment("experiment_multiturn_qa").search
 build_index, Search, parse_call, run_call = (
@@ -401,6 +402,6 @@ def test_the_expected_form_and_a_broken_search():
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
 def test_the_description_is_the_templates_own(name):
     tokenizer = make_tokenizer(chat_template(name), CHATML)
-    tools = [search_module.get_json_schema(search_module.search)]
+    tools = [get_json_schema(search_module.search)]
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
     assert f"S{search_module.TOOL_PROMPT}" in tokenizer.apply_chat_template(chat, tools=tools, tokenize=False)
