@@ -2,8 +2,9 @@
 
     python benchmarks/base_curve.py                 # seeds 42, 1 and 2, one after the other
 
-Writes results/base_curve.json (every seed's figures, and greedy answers to ten held-out questions before and after) and
-results/base_curve.png. Runs that are complete under --log-dir are not repeated.
+Writes results/base_curve.json (every seed's figures, and greedy answers to ten held-out questions
+before and after) and results/base_curve.png. Runs that are complete under --log-dir are not
+repeated.
 """
 
 import datetime
@@ -34,7 +35,9 @@ class Config:
     results: Path = ROOT / "results"
 
 
-def run_seed(seed: int, config: Config, experiment: Path = EXPERIMENT, eval_interval: int = 2) -> list[dict]:
+def run_seed(
+    seed: int, config: Config, experiment: Path = EXPERIMENT, eval_interval: int = 2
+) -> list[dict]:
     """Lines of metrics.jsonl of one run of an experiment's default command."""
     path = config.log_dir / f"seed_{seed}" / "metrics.jsonl"
     if not (path.is_file() and "eval_accuracy" in path.read_text().splitlines()[-1]):
@@ -42,7 +45,8 @@ def run_seed(seed: int, config: Config, experiment: Path = EXPERIMENT, eval_inte
         flags |= {"log-dir": config.log_dir, "checkpoint-path": config.checkpoint_path}
         command = [sys.executable, experiment / "train.py"]
         subprocess.run(
-            command + [str(part) for name, value in flags.items() for part in (f"--{name}", value)], check=True
+            command + [str(part) for name, value in flags.items() for part in (f"--{name}", value)],
+            check=True,
         )
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -53,7 +57,10 @@ def summarise(seed: int, lines: list[dict]) -> dict:
     return {
         "seed": seed,
         "eval_accuracy": [evaluated[0]["eval_accuracy"], evaluated[-1]["eval_accuracy"]],
-        "eval_accuracy_lenient": [evaluated[0]["eval_accuracy_lenient"], evaluated[-1]["eval_accuracy_lenient"]],
+        "eval_accuracy_lenient": [
+            evaluated[0]["eval_accuracy_lenient"],
+            evaluated[-1]["eval_accuracy_lenient"],
+        ],
         "sampled_accuracy_step_1": lines[1]["reward_accuracy"],
         "seconds_to_95_percent": passed[0] if passed else None,  # evaluations included
         "training_seconds": lines[-1]["elapsed_seconds"],
@@ -75,7 +82,12 @@ def greedy_answers(model_name: str, count: int = 10) -> list[dict]:
     policy, _ = load_model(config, torch.device("cpu"))
     answers = train.rollout(policy, tokenizer, prompts[:count], 1, config)
     return [
-        {"prompt": tokenizer.decode(a.prompt_ids), "completion": a.completions[0], "answer": a.answer} for a in answers
+        {
+            "prompt": tokenizer.decode(a.prompt_ids),
+            "completion": a.completions[0],
+            "answer": a.answer,
+        }
+        for a in answers
     ]
 
 
@@ -97,7 +109,11 @@ def draw(curves: dict[int, list[dict]], path: Path) -> None:
                 label=label,
             )
         left.plot(
-            steps, [line["reward_accuracy"] for line in trained], color=color, alpha=0.4, label=f"sampled, seed {seed}"
+            steps,
+            [line["reward_accuracy"] for line in trained],
+            color=color,
+            alpha=0.4,
+            label=f"sampled, seed {seed}",
         )
         right.plot(steps, [line["completion_length"] for line in trained], color=color)
     left.axhline(0.95, color="grey", linewidth=0.5)
@@ -111,7 +127,12 @@ def draw(curves: dict[int, list[dict]], path: Path) -> None:
 def main(config: Config) -> None:
     curves = {seed: run_seed(seed, config) for seed in config.seeds}
     first = config.seeds[0]
-    last = config.checkpoint_path / "experiment_base" / f"seed_{first}" / f"step_{curves[first][-1]['step']:06d}"
+    last = (
+        config.checkpoint_path
+        / "experiment_base"
+        / f"seed_{first}"
+        / f"step_{curves[first][-1]['step']:06d}"
+    )
     before, after = greedy_answers(str(ROOT / "data" / "policy_math")), greedy_answers(str(last))
     report = {
         "command": "python experiment_base/train.py --seed SEED --eval-interval 2",
@@ -119,7 +140,12 @@ def main(config: Config) -> None:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
         "seeds": [summarise(seed, lines) for seed, lines in curves.items()],
         "answers": [
-            {"prompt": b["prompt"], "answer": b["answer"], "before": b["completion"], "after": a["completion"]}
+            {
+                "prompt": b["prompt"],
+                "answer": b["answer"],
+                "before": b["completion"],
+                "after": a["completion"],
+            }
             for b, a in zip(before, after)
         ],
     }

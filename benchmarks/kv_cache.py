@@ -1,7 +1,9 @@
 """What the KV cache that lasts from turn to turn is worth in experiment_multiturn_tool_calling.
 
-    python benchmarks/kv_cache.py                                  # the embedded policy, about a minute on 2 cores
-    python benchmarks/kv_cache.py --model-name output/.../step_000064    # a trained one, which calls in every row
+    # the embedded policy, about a minute on 2 cores
+    python benchmarks/kv_cache.py
+    # a trained one, which calls in every row
+    python benchmarks/kv_cache.py --model-name output/.../step_000064
 
 Samples the same steps, from the same random numbers, in three ways, in turns:
 
@@ -9,8 +11,9 @@ Samples the same steps, from the same random numbers, in three ways, in turns:
     beginning   every turn forwards what all histories begin with once, and the rest of each
     kept        what is shipped: later turns forward what is new
 
-Prints the median seconds of a step's rollout (16 prompts x 8 trajectories), the medians over steps of the ratios
-to what is shipped, and the largest difference between the log-probs of the same tokens.
+Prints the median seconds of a step's rollout (16 prompts x 8 trajectories), the medians over steps
+of the ratios to what is shipped, and the largest difference between the log-probs of the same
+tokens.
 """
 
 import json
@@ -47,22 +50,39 @@ def main(options: Options) -> None:
             train.sample = lambda policy, rows, ends, memory, *rest, change=change: sample(
                 policy, rows, ends, change(memory), *rest
             )
-            step_prompts, generator = train.prompts_of_step(prompts, step, config), train.make_generator(device, step)
+            step_prompts = train.prompts_of_step(prompts, step, config)
+            generator = train.make_generator(device, step)
             start = time.perf_counter()
             sampled[way] = train.rollout(
-                policy, tokenizer, step_prompts, config.group_size, config, generator, tool=train.calculator
+                policy,
+                tokenizer,
+                step_prompts,
+                config.group_size,
+                config,
+                generator,
+                tool=train.calculator,
             )
             seconds[way].append(time.perf_counter() - start)
         for way in WAYS:
             for one, other in zip(sampled[way], sampled["kept"]):
                 for a, b, x, y in zip(
-                    one.completion_ids, other.completion_ids, one.sampled_log_probs, other.sampled_log_probs
+                    one.completion_ids,
+                    other.completion_ids,
+                    one.sampled_log_probs,
+                    other.sampled_log_probs,
                 ):
                     gap = max(gap, (x - y).abs().max().item()) if a.equal(b) else gap
-    ratios = {way: median(a / b for a, b in zip(seconds[way][1:], seconds["kept"][1:])) for way in WAYS}
-    figures = {"seconds": {way: median(times[1:]) for way, times in seconds.items()}, "ratio": ratios}
+    ratios = {
+        way: median(a / b for a, b in zip(seconds[way][1:], seconds["kept"][1:])) for way in WAYS
+    }
+    figures = {
+        "seconds": {way: median(times[1:]) for way, times in seconds.items()},
+        "ratio": ratios,
+    }
     figures["max_log_prob_difference"] = gap
-    figures["calls"] = train.trajectory_metrics([t for e in sampled["kept"] for t in e.trajectories])["calls"]
+    figures["calls"] = train.trajectory_metrics(
+        [t for e in sampled["kept"] for t in e.trajectories]
+    )["calls"]
     print(json.dumps(figures, indent=1))
 
 

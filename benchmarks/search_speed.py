@@ -1,11 +1,14 @@
-"""Measure the search of experiment_multiturn_qa: build time, size on disk and latency at several sizes of the corpus.
+"""Measure the search of experiment_multiturn_qa: build time,
+size on disk and latency at several sizes of the corpus.
 
-    python benchmarks/search_speed.py            # 1,000, 100,000 and 1,000,000 passages of 40 words; about 3 minutes
+    # 1,000, 100,000 and 1,000,000 passages of 40 words; about 3 minutes
+    python benchmarks/search_speed.py
 
-Passages have a title of 2 words and a text of 40, drawn from 50,000 words whose frequencies fall as 1 / rank, as those
-of a language do, so a few words stand in most passages. A query is 9 words drawn from one of the passages, common ones
-among them; what is timed is the tool's whole answer, from the query to the text with the 3 best passages. The first 100
-queries are not counted. Writes results/search_speed.json.
+Passages have a title of 2 words and a text of 40, drawn from 50,000 words whose frequencies fall as
+1 / rank, as those of a language do, so a few words stand in most passages. A query is 9 words drawn
+from one of the passages, common ones among them; what is timed is the tool's whole answer, from the
+query to the text with the 3 best passages. The first 100 queries are not counted. Writes
+results/search_speed.json.
 """
 
 import datetime
@@ -80,7 +83,8 @@ def measure(size, config):
             "ms_median": 1000 * cuts[49],
             "ms_p99": 1000 * cuts[98],
             "ms_max": 1000 * max(seconds[100:]),
-            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # of the process so far
+            # of the process so far
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
 
 

@@ -1,11 +1,14 @@
-"""experiment_multiturn_tool_calling/train.py against trl's GRPOTrainer with the same tool, on the CPU, at their best.
+"""experiment_multiturn_tool_calling/train.py against trl's GRPOTrainer with the same tool,
+on the CPU, at their best.
 
-    python benchmarks/tools_vs_trl.py       # about 12 minutes on 2 cores; writes results/tools_vs_trl.json
+    # about 12 minutes on 2 cores; writes results/tools_vs_trl.json
+    python benchmarks/tools_vs_trl.py
 
-The same model, calculator, prompts (token for token), rewards and updates as in benchmarks/vs_trl.py, which this script
-extends and which says what is measured. Both sides begin with the embedded policy that rarely calls, and take their
-steps in turns. The tokenizer has Qwen2.5's chat template, one of those that TRL's tools accept; a turn may have
-as many tokens on both sides as TRL's `max_completion_length`, which bounds turns and trajectories alike.
+The same model, calculator, prompts (token for token), rewards and updates as in
+benchmarks/vs_trl.py, which this script extends and which says what is measured. Both sides begin
+with the embedded policy that rarely calls, and take their steps in turns. The tokenizer has
+Qwen2.5's chat template, one of those that TRL's tools accept; a turn may have as many tokens on
+both sides as TRL's `max_completion_length`, which bounds turns and trajectories alike.
 
     step_time_ratio          median over pairs of steps of TRL's seconds over ours
     token_time_ratio         the same of seconds per sampled token
@@ -40,7 +43,16 @@ class Options:
 
 
 # ---------------------------------------------------------------- worker
-def work(side: str, seed: int, steps: int, settings: dict, eval_interval, changes: dict, device: str, folder: str):
+def work(
+    side: str,
+    seed: int,
+    steps: int,
+    settings: dict,
+    eval_interval,
+    changes: dict,
+    device: str,
+    folder: str,
+):
     """As vs_trl's, with the other experiment, and with the tool on TRL's side."""
     vs_trl.EXPERIMENT, vs_trl.trl_task, vs_trl.trl_tokens = EXPERIMENT, trl_task, trl_tokens
     vs_trl.run_ours, vs_trl.trl_arguments = run_ours, trl_arguments
@@ -51,7 +63,9 @@ def work(side: str, seed: int, steps: int, settings: dict, eval_interval, change
 def count(clock, prompts: list, masks: list) -> int:
     """Tell the clock the tokens of a trajectory; prompts and masks as lists of one a trajectory."""
     sampled, given = sum(map(sum, masks)), sum(map(len, masks))
-    clock.more = dict(zip(TOKENS, (n / len(masks) for n in (sum(map(len, prompts)), sampled, given - sampled))))
+    clock.more = dict(
+        zip(TOKENS, (n / len(masks) for n in (sum(map(len, prompts)), sampled, given - sampled)))
+    )
     return sampled
 
 
@@ -79,21 +93,30 @@ def trl_task(train, tokenizer, prompts: list) -> dict:
 
     chats = []
     for prompt in prompts:
-        question = tokenizer.decode(prompt.ids).split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+        question = (
+            tokenizer.decode(prompt.ids).split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+        )
         texts = {"system": train.Config.system_prompt, "user": question}
         chats.append([{"role": role, "content": text} for role, text in texts.items()])
-    rendered = tokenizer.apply_chat_template(chats, tools=[calculator], add_generation_prompt=True)["input_ids"]
-    if rendered != [prompt.ids for prompt in prompts]:
+    rendered = tokenizer.apply_chat_template(chats, tools=[calculator], add_generation_prompt=True)
+    if rendered["input_ids"] != [prompt.ids for prompt in prompts]:
         sys.exit("error: TRL would render the prompts to other ids than ours")
 
     def accuracy_reward(completions, answer, **_):
-        return [train.accuracy_reward(last(messages), right) for messages, right in zip(completions, answer)]
+        return [
+            train.accuracy_reward(last(messages), right)
+            for messages, right in zip(completions, answer)
+        ]
 
     def format_reward(completions, **_):
         return [train.format_reward(last(messages)) for messages in completions]
 
     rows = Dataset.from_dict({"prompt": chats, "answer": [prompt.answer for prompt in prompts]})
-    return {"train_dataset": rows, "reward_funcs": [accuracy_reward, format_reward], "tools": [calculator]}
+    return {
+        "train_dataset": rows,
+        "reward_funcs": [accuracy_reward, format_reward],
+        "tools": [calculator],
+    }
 
 
 def last(messages: list[dict]) -> str:
@@ -116,7 +139,9 @@ def save_model(name: str, folder: str) -> None:
     disable_progress_bar()
     AutoModelForCausalLM.from_pretrained(name, dtype="auto").save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
+    tokenizer.chat_template = (
+        Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
+    ).read_text()
     tokenizer.save_pretrained(folder)
 
 
@@ -132,17 +157,24 @@ def main(options: Options) -> None:
     pairs = results["pairs"]
     head = {"step_time_ratio": results["step_time_ratio"]}
     head["token_time_ratio"] = median(
-        pair["trl"]["seconds"] / pair["trl"]["tokens"] * pair["ours"]["tokens"] / pair["ours"]["seconds"]
+        pair["trl"]["seconds"]
+        / pair["trl"]["tokens"]
+        * pair["ours"]["tokens"]
+        / pair["ours"]["seconds"]
         for pair in pairs
     )
     head["peak_memory_ratio"] = results["peak_memory_ratio"]
     for side in SIDES:
-        results[side] |= {name: mean(pair[side][name] for pair in pairs) for name in (*TOKENS, "reward")}
+        results[side] |= {
+            name: mean(pair[side][name] for pair in pairs) for name in (*TOKENS, "reward")
+        }
     about = {"machine": machine, "options": asdict(options), "settings": settings, "search": trials}
     about["seconds_in_all"] = time.time() - start
     options.output.write_text(vs_trl.to_json(head | about | results, indent=1) + "\n")
     for side in SIDES:
-        print(f"{side}: " + ", ".join(f"{name} {value:,.4g}" for name, value in results[side].items()))
+        print(
+            f"{side}: " + ", ".join(f"{name} {value:,.4g}" for name, value in results[side].items())
+        )
     print(vs_trl.to_json(head))
     print(f"written: {options.output}")
 
@@ -152,7 +184,8 @@ if __name__ == "__main__":
         work(*json.loads(sys.argv[2]))
     else:
         vs_trl.Worker.script = str(Path(__file__).resolve())
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that the workers are ended too
+        # so that the workers are ended too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))
         try:
             main(tyro.cli(Options, description=__doc__))
         except (RuntimeError, KeyboardInterrupt) as error:

@@ -1,13 +1,16 @@
 """Train GRPO, Dr. GRPO and DAPO from the same policy, and draw what sets them apart.
 
-    python benchmarks/variants.py        # 3 variants x 3 seeds; stop it and start it again as you like
+    # 3 variants x 3 seeds; stop it and start it again as you like
+    python benchmarks/variants.py
 
-The task leaves length free: sums of two to six terms, easy and hard mixed, and a policy that likes to check its
-reasoning up to three times, whether that is right or wrong (data/README.md). All is measured alike for the three,
-on the same held-out prompts every tenth step: greedy accuracy on 512 of them, and 8 samples for each of 64.
+The task leaves length free: sums of two to six terms, easy and hard mixed, and a policy that likes
+to check its reasoning up to three times, whether that is right or wrong (data/README.md). All is
+measured alike for the three, on the same held-out prompts every tenth step: greedy accuracy on 512
+of them, and 8 samples for each of 64.
 
-Writes results/variants.json, results/variants_learning.png and results/variants_length.png. A run that is complete
-under --log-dir is not repeated, one that was stopped goes on at its last checkpoint.
+Writes results/variants.json, results/variants_learning.png and results/variants_length.png. A run
+that is complete under --log-dir is not repeated, one that was stopped goes on at its last
+checkpoint.
 """
 
 import datetime
@@ -25,7 +28,7 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
 from plot import read_metrics  # noqa: E402
 
 VARIANTS = {"experiment_base": "GRPO", "experiment_drgrpo": "Dr. GRPO", "experiment_dapo": "DAPO"}
@@ -64,22 +67,26 @@ class Config:
     log_dir: Path = Path("runs/variants")
     checkpoint_path: Path = Path("output/variants")
     results: Path = ROOT / "results"
-    only: tuple[str, int] | None = None  # (experiment, seed): this one run and no figures; how the command starts each
+    # (experiment, seed): this one run and no figures; how the command starts each
+    only: tuple[str, int] | None = None
 
 
 # ---------------------------------------------------------------- one run
 def sample(train, policy, tokenizer, prompts, config) -> list:
-    """Groups of completions of the first held-out prompts, drawn with the same random numbers for everyone."""
+    """Groups of completions of the first held-out prompts,
+    drawn with the same random numbers for everyone."""
     generator = train.make_generator(policy.device, "study")
     return train.rollout(policy, tokenizer, prompts[:SAMPLED_PROMPTS], SAMPLES, config, generator)
 
 
 def log_ratios(train, reference, groups, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of all sampled tokens under the policy that sampled them and under the reference, (tokens,) each."""
+    """Log-probs of all sampled tokens under the policy that sampled them and under the reference,
+    (tokens,) each."""
     from model import can_pack
     from replay_buffer import ReplayBuffer
 
-    config = replace(config, group_size=SAMPLES, train_batch_size=SAMPLES, kl_weight=1.0)  # 1: forward every group
+    # 1: forward every group
+    config = replace(config, group_size=SAMPLES, train_batch_size=SAMPLES, kl_weight=1.0)
     for group in groups:
         group.advantages = torch.zeros(SAMPLES)
     buffer = ReplayBuffer()
@@ -96,7 +103,9 @@ def measure(train, policy, reference, tokenizer, prompts, config) -> dict[str, f
     from loss import approx_kl_divergence
 
     groups = sample(train, policy, tokenizer, prompts, config)
-    accuracy = torch.tensor([[train.accuracy_reward(text, e.answer) for text in e.completions] for e in groups])
+    accuracy = torch.tensor(
+        [[train.accuracy_reward(text, e.answer) for text in e.completions] for e in groups]
+    )
     form = torch.tensor([[train.format_reward(text) for text in e.completions] for e in groups])
     lengths = torch.tensor([[float(len(ids)) for ids in e.completion_ids] for e in groups])
     checks = torch.tensor([[float(text.count("Check:")) for text in e.completions] for e in groups])
@@ -108,7 +117,9 @@ def measure(train, policy, reference, tokenizer, prompts, config) -> dict[str, f
     return {
         "eval_sampled_accuracy": accuracy.mean().item(),
         "eval_reward": rewards.mean().item(),
-        "eval_kl": approx_kl_divergence(*log_ratios(train, reference, groups, config)).mean().item(),
+        "eval_kl": approx_kl_divergence(*log_ratios(train, reference, groups, config))
+        .mean()
+        .item(),
         "eval_length_correct": mean_where(lengths, 1),
         "eval_length_wrong": mean_where(lengths, 0),
         "eval_checks_correct": mean_where(checks, 1),
@@ -134,7 +145,9 @@ def run_one(experiment: str, seed: int, config: Config) -> None:
     evaluate = train.evaluate
 
     def evaluate_and_measure(policy, tokenizer, prompts, now):
-        return evaluate(policy, tokenizer, prompts, now) | measure(train, policy, reference, tokenizer, prompts, now)
+        return evaluate(policy, tokenizer, prompts, now) | measure(
+            train, policy, reference, tokenizer, prompts, now
+        )
 
     train.evaluate = evaluate_and_measure
     train.main(replace(settings, resume=resume))
@@ -143,18 +156,23 @@ def run_one(experiment: str, seed: int, config: Config) -> None:
 def settings_of(train, experiment: str, seed: int, config: Config):
     places = dict(log_dir=str(config.log_dir), checkpoint_path=str(config.checkpoint_path))
     name = f"{experiment}_seed_{seed}"
-    return train.Config(**SETTING, **places, run_name=name, seed=seed, max_steps=config.steps, lr=config.lr)
+    return train.Config(
+        **SETTING, **places, run_name=name, seed=seed, max_steps=config.steps, lr=config.lr
+    )
 
 
 def kl_of_last_checkpoint(experiment: str, seed: int, config: Config) -> dict[str, float]:
-    """The KL to the reference by two estimates, over the same tokens. k3, which `eval_kl` is, has a heavy tail: a
-    single token that the reference finds far likelier than the policy may be most of it. The log-ratio has none."""
+    """The KL to the reference by two estimates, over the same tokens. k3, which `eval_kl` is, has a
+    heavy tail: a single token that the reference finds far likelier than the policy may be most of
+    it. The log-ratio has none."""
     import train
     from loss import approx_kl_divergence
     from model import load_model, load_tokenizer, resolve
 
     settings, device = resolve(replace(settings_of(train, experiment, seed, config), kl_weight=0.0))
-    checkpoint = config.checkpoint_path / experiment / settings.run_name / f"step_{config.steps:06d}"
+    checkpoint = (
+        config.checkpoint_path / experiment / settings.run_name / f"step_{config.steps:06d}"
+    )
     reference, _ = load_model(settings, device)
     policy, _ = load_model(replace(settings, model_name=str(checkpoint)), device)
     tokenizer = load_tokenizer(settings.model_name)
@@ -179,9 +197,13 @@ def is_complete(lines: list[dict], config: Config) -> bool:
 
 # ---------------------------------------------------------------- all runs
 def curves_of(runs: dict[int, list[dict]], measure: str) -> dict:
-    """{"steps", "mean", "least", "most"} over seeds, at each evaluation; None where no seed has a value."""
+    """{"steps", "mean", "least", "most"} over seeds, at each evaluation;
+    None where no seed has a value."""
     evaluated = [[line for line in lines if measure in line] for lines in runs.values()]
-    columns = [[line[measure] for line in column if line[measure] is not None] for column in zip(*evaluated)]
+    columns = [
+        [line[measure] for line in column if line[measure] is not None]
+        for column in zip(*evaluated)
+    ]
     return {
         "steps": [line["step"] for line in evaluated[0]],
         "mean": [mean(column) if column else None for column in columns],
@@ -212,7 +234,11 @@ def draw(curves: dict[str, dict], measures: list[str], path: Path) -> None:
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 7))
     for panel, name in zip(panels.flat, measures):
         for variant, of in curves.items():
-            points = [p for p in zip(*(of[name][k] for k in ("steps", "mean", "least", "most"))) if p[1] is not None]
+            points = [
+                p
+                for p in zip(*(of[name][k] for k in ("steps", "mean", "least", "most")))
+                if p[1] is not None
+            ]
             steps, means, least, most = zip(*points)
             panel.plot(steps, means, label=variant)
             panel.fill_between(steps, least, most, alpha=0.2)
@@ -235,20 +261,29 @@ def main(config: Config) -> None:
                 flags = {"steps": config.steps, "lr": config.lr, "log-dir": config.log_dir}
                 flags |= {"checkpoint-path": config.checkpoint_path}
                 command = [sys.executable, __file__, "--only", experiment, str(seed)]
-                command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+                command += [
+                    str(part) for name, value in flags.items() for part in (f"--{name}", value)
+                ]
                 subprocess.run(command, check=True)
             runs[experiment][seed] = metrics_of(experiment, seed, config)
     sys.path.insert(0, str(ROOT / "experiment_base"))
     curves = {
-        VARIANTS[experiment]: {name: curves_of(runs[experiment], name) for name in MEASURES} for experiment in VARIANTS
+        VARIANTS[experiment]: {name: curves_of(runs[experiment], name) for name in MEASURES}
+        for experiment in VARIANTS
     }
-    setting = {k: str(Path(v).relative_to(ROOT)) if str(v).startswith(str(ROOT)) else v for k, v in SETTING.items()}
+    setting = {
+        k: str(Path(v).relative_to(ROOT)) if str(v).startswith(str(ROOT)) else v
+        for k, v in SETTING.items()
+    }
     report = {
         "command": "python benchmarks/variants.py",
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
         "setting": setting | {"lr": config.lr, "max_steps": config.steps},
-        "ends": {VARIANTS[experiment]: ends_of(experiment, runs[experiment], config) for experiment in VARIANTS},
+        "ends": {
+            VARIANTS[experiment]: ends_of(experiment, runs[experiment], config)
+            for experiment in VARIANTS
+        },
         "curves": curves,
     }
     (config.results / "variants.json").write_text(json.dumps(report, indent=1) + "\n")

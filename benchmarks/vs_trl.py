@@ -1,25 +1,31 @@
-"""experiment_base/train.py against trl's GRPOTrainer on the same work, on the CPU, each at its best.
+"""experiment_base/train.py against trl's GRPOTrainer on the same work, on the CPU,
+each at its best.
 
-    python benchmarks/vs_trl.py             # about 12 minutes on 2 cores; writes results/vs_trl.json and vs_trl.png
-    python benchmarks/vs_trl.py --quick     # the ratios alone, within 2 minutes; writes results/vs_trl_quick.json
+    # about 12 minutes on 2 cores; writes results/vs_trl.json and vs_trl.png
+    python benchmarks/vs_trl.py
+    # the ratios alone, within 2 minutes; writes results/vs_trl_quick.json
+    python benchmarks/vs_trl.py --quick
 
-Each side is a process of its own that takes a step when this one says so, in turns, so that both see the same machine.
-A step is 16 prompts x 8 completions and the two updates of 64 completions that follow, with the same model, prompts
-in the same order, rewards, KL weight, clipping and AdamW. What is timed is the code that people run:
+Each side is a process of its own that takes a step when this one says so, in turns, so that both
+see the same machine. A step is 16 prompts x 8 completions and the two updates of 64 completions
+that follow, with the same model, prompts in the same order, rewards, KL weight, clipping and AdamW.
+What is timed is the code that people run:
 
-    ours    train.main itself; in place of its progress bar an iterator waits for the driver between two steps. Its
-            logging counts as part of the step.
-    trl     GRPOTrainer.train, which waits in a callback. Its logging, progress bar and saving are off, gradient
-            checkpointing too.
+    ours    train.main itself; in place of its progress bar an iterator waits for the driver between
+            two steps. Its logging counts as part of the step.
+    trl     GRPOTrainer.train, which waits in a callback. Its logging, progress bar and saving are
+            off, gradient checkpointing too.
 
-A search finds the fastest settings of each first: precision and attention for both, for TRL its micro-batch and
-generation backend as well. Evaluations (our `evaluate` in float32 for both) count neither as time nor as memory.
-Memory is the most that a process holds in a step, above what it held when it was ready for the first one, as Linux
-counts it: resident, without mapped files, whose pages the kernel drops and reads again as it likes. In the JSON:
+A search finds the fastest settings of each first: precision and attention for both, for TRL its
+micro-batch and generation backend as well. Evaluations (our `evaluate` in float32 for both) count
+neither as time nor as memory. Memory is the most that a process holds in a step, above what it held
+when it was ready for the first one, as Linux counts it: resident, without mapped files, whose pages
+the kernel drops and reads again as it likes. In the JSON:
 
     step_time_ratio       median over pairs of steps of TRL's seconds over ours
     peak_memory_ratio     median over pairs of our peak above the level after loading over TRL's
-    accuracy_difference   held-out accuracy, ours minus TRL's, mean over the evaluations after step 0 and over the seeds
+    accuracy_difference   held-out accuracy, ours minus TRL's, mean over the evaluations after step
+                          0 and over the seeds
 """
 
 import gc
@@ -44,9 +50,12 @@ ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = "experiment_base"
 SIDES = ("ours", "trl")
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
-CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}  # what the speed of float32 and bfloat16 hangs on
+# what the speed of float32 and bfloat16 hangs on
+CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}
 PATIENCE = 600  # seconds without an answer after which a worker counts as stuck
-CANDIDATES = {  # the search starts with the first of each, and so does --quick where no results of this CPU are at hand
+# the search starts with the first of each,
+# and so does --quick where no results of this CPU are at hand
+CANDIDATES = {
     "ours": {"precision": ("float32", "bfloat16"), "attention": ("sdpa", "eager")},
     "trl": {
         "per_device_train_batch_size": (64, 32, 16, 8),
@@ -61,13 +70,16 @@ HOPELESS = 3  # a candidate whose first step takes so many times the best one's 
 @dataclass
 class Options:
     quick: bool = False  # the ratios alone, with the settings of the last full run on such a CPU
-    model_name: str = str(ROOT / "data" / "policy_math")  # a model's directory, or its name on the hub
+    # a model's directory, or its name on the hub
+    model_name: str = str(ROOT / "data" / "policy_math")
     pairs: int = 16  # timed pairs of steps; --quick takes 6
     warmup: int = 2  # pairs of steps before them
     search_steps: int = 3  # timed steps of each candidate in the search, after one to warm up
     steps: int = 20  # steps of a learning curve
     eval_interval: int = 4  # steps between two points of it
-    seeds: tuple[int, ...] = (42, 1, 2)  # a curve of each side for every seed; the first is the one of the pairs
+    # a curve of each side for every seed; the first is the one of the pairs
+    seeds: tuple[int, ...] = (42, 1, 2)
+
     output_dir: Path = ROOT / "results"
 
 
@@ -94,7 +106,8 @@ def give_back_memory() -> None:
 
 
 class Clock:
-    """Waits for the driver between steps and measures each. Standard output carries one line of JSON a step."""
+    """Waits for the driver between steps and measures each.
+    Standard output carries one line of JSON a step."""
 
     def __init__(self, device: str) -> None:
         import torch
@@ -110,7 +123,9 @@ class Clock:
     def reset(self) -> None:
         if self.cuda:
             self.cuda.reset_peak_memory_stats()
-        self.excluded, self.sampling, self.tokens, self.peak, self.accuracy, self.more = 0.0, 0.0, 0, 0, None, {}
+        self.excluded, self.sampling = 0.0, 0.0
+        self.tokens, self.peak = 0, 0
+        self.accuracy, self.more = None, {}
 
     def watch_memory(self) -> None:
         while self.running.wait():
@@ -118,7 +133,8 @@ class Clock:
             time.sleep(0.005)
 
     def next_step(self) -> None:
-        """Report the step that has ended, or that all is loaded; wait for the driver; begin the next step."""
+        """Report the step that has ended, or that all is loaded; wait for the driver;
+        begin the next step."""
         self.running.clear()
         report = {"accuracy": self.accuracy}
         if self.start is None:
@@ -128,10 +144,19 @@ class Clock:
         else:
             seconds = now(self.device) - self.start - self.excluded
             if self.cuda:
-                self.peak = self.cuda.max_memory_allocated()  # it counts itself, and needs no watching
+                # it counts itself, and needs no watching
+                self.peak = self.cuda.max_memory_allocated()
             report |= {"seconds": seconds, "sampling_seconds": self.sampling}
-            report |= {"training_seconds": seconds - self.sampling, "tokens": self.tokens, "reward": self.reward}
-            report |= {"peak_bytes": self.peak - self.level, "whole_peak_bytes": self.peak, **self.more}
+            report |= {
+                "training_seconds": seconds - self.sampling,
+                "tokens": self.tokens,
+                "reward": self.reward,
+            }
+            report |= {
+                "peak_bytes": self.peak - self.level,
+                "whole_peak_bytes": self.peak,
+                **self.more,
+            }
         print(json.dumps(report), file=self.pipe, flush=True)
         if sys.stdin.readline().strip() != "go":
             os._exit(0)  # the driver has all it wants, or is gone
@@ -168,23 +193,45 @@ class Clock:
 
 
 # ---------------------------------------------------------------- worker: the two sides
-def work(side: str, seed: int, steps: int, settings: dict, eval_interval: int, changes: dict, device: str, folder: str):
-    """One side, until the driver wants no more. One step more than it may ask for, so that no step is the last.
-    Where `eval_interval` is None nothing is evaluated."""
+def work(
+    side: str,
+    seed: int,
+    steps: int,
+    settings: dict,
+    eval_interval: int,
+    changes: dict,
+    device: str,
+    folder: str,
+):
+    """One side, until the driver wants no more. One step more than it may ask for, so that no step
+    is the last. Where `eval_interval` is None nothing is evaluated."""
     sys.path.insert(0, str(ROOT / EXPERIMENT))
     import train
 
     clock = Clock(device)
     if eval_interval is None:
-        train.evaluate = lambda *_: {"eval_accuracy": 0.0, "eval_accuracy_lenient": 0.0, "eval_count": 0}
+        train.evaluate = lambda *_: {
+            "eval_accuracy": 0.0,
+            "eval_accuracy_lenient": 0.0,
+            "eval_count": 0,
+        }
     train.evaluate = clock.evaluating(train.evaluate)
     config = train.Config(seed=seed, max_steps=steps + 1, epochs=steps + 1, **changes)
-    config.log_dir, config.checkpoint_path, config.checkpoint_interval = f"{folder}/runs", f"{folder}/output", 10**9
+    config.log_dir, config.checkpoint_path = f"{folder}/runs", f"{folder}/output"
+    config.checkpoint_interval = 10**9
     config.eval_interval = eval_interval or 10**9
     if side == "ours":
         run_ours(train, replace(config, **settings), clock)
     else:
-        run_trl(train, train.resolve(config)[0], clock, settings, eval_interval is not None, device, folder)
+        run_trl(
+            train,
+            train.resolve(config)[0],
+            clock,
+            settings,
+            eval_interval is not None,
+            device,
+            folder,
+        )
 
 
 def run_ours(train, config, clock: Clock) -> None:
@@ -194,7 +241,8 @@ def run_ours(train, config, clock: Clock) -> None:
         clock.reward = metrics.get("reward")
         log(run, step, metrics, text)
 
-    class Steps:  # in place of the progress bar, whose iterator is where main passes from one step to the next
+    # in place of the progress bar, whose iterator is where main passes from one step to the next
+    class Steps:
         def __init__(self, steps, **_):
             self.steps = steps
 
@@ -217,25 +265,62 @@ def run_ours(train, config, clock: Clock) -> None:
 
 def trl_arguments(config, settings: dict, device: str, folder: str) -> dict:
     """GRPOConfig's arguments for the work that `config` describes."""
-    rows, micro_batch = config.rollouts_per_step * config.group_size, settings["per_device_train_batch_size"]
+    rows = config.rollouts_per_step * config.group_size
+    micro_batch = settings["per_device_train_batch_size"]
     updates = rows // config.train_batch_size * config.epochs_per_step
-    arguments = {"num_generations": config.group_size, "max_completion_length": config.max_new_tokens}
-    arguments |= {"per_device_train_batch_size": micro_batch, "steps_per_generation": rows // micro_batch}
+    arguments = {
+        "num_generations": config.group_size,
+        "max_completion_length": config.max_new_tokens,
+    }
+    arguments |= {
+        "per_device_train_batch_size": micro_batch,
+        "steps_per_generation": rows // micro_batch,
+    }
     arguments |= {"gradient_accumulation_steps": config.train_batch_size // micro_batch}
     arguments |= {"num_iterations": config.epochs_per_step, "max_steps": config.max_steps * updates}
     arguments |= {"temperature": config.temperature, "top_p": 1.0, "top_k": 0, "seed": config.seed}
     arguments |= {"shuffle_dataset": False}  # the rows are in order already
-    arguments |= {"loss_type": "grpo", "scale_rewards": "group", "reward_weights": [1.0, config.format_weight]}
-    arguments |= {"epsilon": config.clip_eps_low, "epsilon_high": config.clip_eps_high, "beta": config.kl_weight}
-    arguments |= {"use_bias_correction_kl": False, "mask_truncated_completions": False}  # the paper's KL, as ours
-    arguments |= {"learning_rate": config.lr, "lr_scheduler_type": "constant", "max_grad_norm": config.max_norm}
+    arguments |= {
+        "loss_type": "grpo",
+        "scale_rewards": "group",
+        "reward_weights": [1.0, config.format_weight],
+    }
+    arguments |= {
+        "epsilon": config.clip_eps_low,
+        "epsilon_high": config.clip_eps_high,
+        "beta": config.kl_weight,
+    }
+    # the paper's KL, as ours
+    arguments |= {"use_bias_correction_kl": False, "mask_truncated_completions": False}
+    arguments |= {
+        "learning_rate": config.lr,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": config.max_norm,
+    }
     arguments |= {"optim": "adamw_torch_fused", "weight_decay": 0.0}
     # What makes it fast.
-    arguments |= {"use_cpu": device == "cpu", "bf16": settings["bf16"], "gradient_checkpointing": False}
-    arguments |= {"use_transformers_continuous_batching": settings["use_transformers_continuous_batching"]}
-    dtype = "bfloat16" if config.lora_rank and settings["bf16"] else "float32"  # frozen weights in half precision
-    arguments |= {"model_init_kwargs": {"dtype": dtype, "attn_implementation": settings["attn_implementation"]}}
-    arguments |= {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    arguments |= {
+        "use_cpu": device == "cpu",
+        "bf16": settings["bf16"],
+        "gradient_checkpointing": False,
+    }
+    arguments |= {
+        "use_transformers_continuous_batching": settings["use_transformers_continuous_batching"]
+    }
+    # frozen weights in half precision
+    dtype = "bfloat16" if config.lora_rank and settings["bf16"] else "float32"
+    arguments |= {
+        "model_init_kwargs": {
+            "dtype": dtype,
+            "attn_implementation": settings["attn_implementation"],
+        }
+    }
+    arguments |= {
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
     return arguments | {"output_dir": f"{folder}/trl"}
 
 
@@ -262,7 +347,9 @@ def trl_tokens(result: tuple, clock: Clock) -> int:
     return sum(map(len, result[1]))
 
 
-def run_trl(train, config, clock: Clock, settings: dict, evaluates: bool, device: str, folder: str) -> None:
+def run_trl(
+    train, config, clock: Clock, settings: dict, evaluates: bool, device: str, folder: str
+) -> None:
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -270,11 +357,15 @@ def run_trl(train, config, clock: Clock, settings: dict, evaluates: bool, device
     tokenizer = train.load_tokenizer(config.model_name)
     prompts, eval_prompts = train.read_prompts(config, tokenizer)
     prompts = [
-        prompt for step in range(config.max_steps) for prompt in train.prompts_of_step(prompts, step + 1, config)
+        prompt
+        for step in range(config.max_steps)
+        for prompt in train.prompts_of_step(prompts, step + 1, config)
     ]
     arguments = trl_arguments(config, settings, device, folder)
     updates = arguments["max_steps"] // config.max_steps
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+    lora = LoraConfig(
+        r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"
+    )
     if evaluates:  # a copy, outside of accelerate's autocast
         evaluated, _ = train.load_model(replace(config, kl_weight=0.0), train.torch.device(device))
 
@@ -297,7 +388,9 @@ def run_trl(train, config, clock: Clock, settings: dict, evaluates: bool, device
         callbacks=[Turns()],
         **trl_task(train, tokenizer, prompts),
     )
-    trainer._generate = clock.sampling_in(trainer._generate, lambda result: trl_tokens(result, clock))
+    trainer._generate = clock.sampling_in(
+        trainer._generate, lambda result: trl_tokens(result, clock)
+    )
     clock.info = {"settings": arguments}
     trainer.train()
 
@@ -308,8 +401,18 @@ class Worker:
 
     script = str(Path(__file__).resolve())
 
-    def __init__(self, side: str, seed: int, steps: int, settings: dict, changes: dict, eval_interval=0, device="cpu"):
-        """`changes` are those of our Config's defaults that both sides follow, `settings` the side's own."""
+    def __init__(
+        self,
+        side: str,
+        seed: int,
+        steps: int,
+        settings: dict,
+        changes: dict,
+        eval_interval=0,
+        device="cpu",
+    ):
+        """`changes` are those of our Config's defaults that both sides follow,
+        `settings` the side's own."""
         self.folder = tempfile.TemporaryDirectory()
         job = (side, seed, steps, settings, eval_interval, changes, device, self.folder.name)
         environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
@@ -320,11 +423,14 @@ class Worker:
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
     def answer(self) -> dict:
-        """The next report; it holds no second line, because a worker speaks once when it is asked."""
+        """The next report; it holds no second line,
+        because a worker speaks once when it is asked."""
         ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
         line = self.process.stdout.readline() if ready else ""
         if not line:
-            raise RuntimeError(f"the {self.side} worker {'ended' if ready else 'is stuck'}; its messages are above")
+            raise RuntimeError(
+                f"the {self.side} worker {'ended' if ready else 'is stuck'}; its messages are above"
+            )
         return json.loads(line)
 
     def step(self) -> dict:
@@ -342,7 +448,8 @@ class Worker:
 
 
 def in_turns(options: Options, settings: dict, seed: int, steps: int, eval_interval: int = 0):
-    """(what each side says when it is loaded, a pair of reports for every step), the steps taken in turns."""
+    """(what each side says when it is loaded, a pair of reports for every step),
+    the steps taken in turns."""
     model = {"model_name": options.model_name}
     with (
         Worker("ours", seed, steps, settings["ours"], model, eval_interval) as ours,
@@ -391,15 +498,26 @@ def try_settings(options: Options, side: str, settings: dict, best_seconds: floa
                 steps = [worker.step() for _ in range(options.search_steps)]
         except RuntimeError as error:
             return {"error": str(error)}
-    return {name: median(step[name] for step in steps) for name in ("seconds", "sampling_seconds", "peak_bytes")}
+    return {
+        name: median(step[name] for step in steps)
+        for name in ("seconds", "sampling_seconds", "peak_bytes")
+    }
 
 
 def figures_of_side(steps: list[dict]) -> dict:
     """Medians over steps; tokens are the sampled ones."""
-    figures = ("seconds", "sampling_seconds", "training_seconds", "tokens", "peak_bytes", "whole_peak_bytes")
+    figures = (
+        "seconds",
+        "sampling_seconds",
+        "training_seconds",
+        "tokens",
+        "peak_bytes",
+        "whole_peak_bytes",
+    )
     per_second = {"tokens_per_second": "seconds", "sampling_tokens_per_second": "sampling_seconds"}
     return {name: median(step[name] for step in steps) for name in figures} | {
-        name: median(step["tokens"] / step[seconds] for step in steps) for name, seconds in per_second.items()
+        name: median(step["tokens"] / step[seconds] for step in steps)
+        for name, seconds in per_second.items()
     }
 
 
@@ -407,8 +525,12 @@ def measure_pairs(options: Options, settings: dict) -> dict:
     loaded, pairs = in_turns(options, settings, options.seeds[0], options.warmup + options.pairs)
     pairs = pairs[options.warmup :]
     return {
-        "step_time_ratio": median(pair["trl"]["seconds"] / pair["ours"]["seconds"] for pair in pairs),
-        "peak_memory_ratio": median(pair["ours"]["peak_bytes"] / pair["trl"]["peak_bytes"] for pair in pairs),
+        "step_time_ratio": median(
+            pair["trl"]["seconds"] / pair["ours"]["seconds"] for pair in pairs
+        ),
+        "peak_memory_ratio": median(
+            pair["ours"]["peak_bytes"] / pair["trl"]["peak_bytes"] for pair in pairs
+        ),
         **{side: figures_of_side([pair[side] for pair in pairs]) for side in SIDES},
         "loaded": loaded,
         "pairs": pairs,
@@ -423,18 +545,26 @@ def measure_curves(options: Options, settings: dict) -> dict:
         curve = {"seed": seed, "steps": list(range(0, options.steps + 1, options.eval_interval))}
         for side in SIDES:
             accuracy = [loaded[side]["accuracy"]] + [pair[side]["accuracy"] for pair in pairs]
-            seconds = [sum(pair[side]["seconds"] for pair in pairs[:step]) for step in curve["steps"]]
-            curve[side] = {"accuracy": [accuracy[step] for step in curve["steps"]], "seconds": seconds}
+            seconds = [
+                sum(pair[side]["seconds"] for pair in pairs[:step]) for step in curve["steps"]
+            ]
+            curve[side] = {
+                "accuracy": [accuracy[step] for step in curve["steps"]],
+                "seconds": seconds,
+            }
             curve[side]["reward"] = [pair[side]["reward"] for pair in pairs]
         times += [pair["trl"]["seconds"] / pair["ours"]["seconds"] for pair in pairs]
         curves.append(curve)
     differences = [  # (seeds, evaluations after step 0)
-        [a - b for a, b in zip(curve["ours"]["accuracy"][1:], curve["trl"]["accuracy"][1:])] for curve in curves
+        [a - b for a, b in zip(curve["ours"]["accuracy"][1:], curve["trl"]["accuracy"][1:])]
+        for curve in curves
     ]
     return {
         "accuracy_difference": mean(map(mean, differences)),
         "accuracy_difference_last_step": mean(row[-1] for row in differences),
-        "last_accuracy": {side: mean(curve[side]["accuracy"][-1] for curve in curves) for side in SIDES},
+        "last_accuracy": {
+            side: mean(curve[side]["accuracy"][-1] for curve in curves) for side in SIDES
+        },
         "step_time_ratio_over_curves": median(times),
         "curves": curves,
     }
@@ -449,7 +579,8 @@ def describe_machine() -> dict:
         "cpu": " ".join([names[0] if names else os.uname().machine, *sorted(flags & CPU_FLAGS)]),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in PACKAGES},
+        "versions": {"python": sys.version.split()[0]}
+        | {package: version(package) for package in PACKAGES},
     }
 
 
@@ -465,15 +596,26 @@ def plot(results: dict, path: Path) -> None:
         curves = [curve[side] | {"steps": curve["steps"]} for curve in results["curves"]]
         for curve in curves:
             curve["sampled"] = list(range(1, len(curve["reward"]) + 1))
-        for panel, x, y in zip(panels, ("steps", "seconds", "sampled"), ("accuracy", "accuracy", "reward")):
+        for panel, x, y in zip(
+            panels, ("steps", "seconds", "sampled"), ("accuracy", "accuracy", "reward")
+        ):
             for curve in curves:
                 panel.plot(curve[x], curve[y], color=color, linewidth=0.8, alpha=0.5)
-            means = [[mean(values) for values in zip(*(curve[name] for curve in curves))] for name in (x, y)]
+            means = [
+                [mean(values) for values in zip(*(curve[name] for curve in curves))]
+                for name in (x, y)
+            ]
             panel.plot(*means, color=color, linewidth=2.5, label=label)
     panels[0].set(xlabel="step", ylabel="held-out accuracy (greedy)", title="at equal steps")
     title = f"against wall time (TRL's step takes {results['step_time_ratio']:.1f} times as long)"
-    panels[1].set(xlabel="seconds, without the evaluations", ylabel="held-out accuracy (greedy)", title=title)
-    panels[2].set(xlabel="step", ylabel="reward of the sampled completions", title="what is trained on, at equal steps")
+    panels[1].set(
+        xlabel="seconds, without the evaluations", ylabel="held-out accuracy (greedy)", title=title
+    )
+    panels[2].set(
+        xlabel="step",
+        ylabel="reward of the sampled completions",
+        title="what is trained on, at equal steps",
+    )
     panels[0].legend(title=f"mean of {len(results['curves'])} seeds; thin: each seed")
     for panel in panels:
         panel.grid(alpha=0.3)
@@ -484,7 +626,9 @@ def plot(results: dict, path: Path) -> None:
 def to_json(value, **options) -> str:
     """With 5 decimals, and paths in this checkout made relative."""
     text = json.dumps(value, default=str).replace(f"{ROOT}/", "")
-    return json.dumps(json.loads(text, parse_float=lambda digits: round(float(digits), 5)), **options)
+    return json.dumps(
+        json.loads(text, parse_float=lambda digits: round(float(digits), 5)), **options
+    )
 
 
 def main(options: Options) -> None:
@@ -495,7 +639,10 @@ def main(options: Options) -> None:
         if known and known["machine"]["cpu"] == machine["cpu"]:
             settings = known["settings"]
         else:
-            settings = {side: {name: values[0] for name, values in CANDIDATES[side].items()} for side in SIDES}
+            settings = {
+                side: {name: values[0] for name, values in CANDIDATES[side].items()}
+                for side in SIDES
+            }
             print(f"no results of a {machine['cpu']} at hand: settings that nobody searched for")
         print(f"settings: {settings}")
         path = path.with_stem("vs_trl_quick")
@@ -513,7 +660,9 @@ def main(options: Options) -> None:
     if not options.quick:
         plot(results, path.with_suffix(".png"))
     for side in SIDES:
-        print(f"{side}: " + ", ".join(f"{name} {value:,.4g}" for name, value in results[side].items()))
+        print(
+            f"{side}: " + ", ".join(f"{name} {value:,.4g}" for name, value in results[side].items())
+        )
     print(to_json(head))
     print(f"written: {path}")
 
@@ -522,7 +671,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         work(*json.loads(sys.argv[2]))
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that the workers are ended too
+        # so that the workers are ended too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))
         try:
             main(tyro.cli(Options, description=__doc__))
         except (RuntimeError, KeyboardInterrupt) as error:

@@ -1,12 +1,16 @@
-"""Make question answering data: questions.json, questions_eval.json and corpus.jsonl in one directory.
+"""Make question answering data: questions.json,
+questions_eval.json and corpus.jsonl in one directory.
 
-    python data/make_qa.py                                    # data/qa: an invented world, the same bytes every time
-    python data/make_qa.py --from-texts DIR --output my_qa    # your Markdown and text files; see data/README.md
+    # data/qa: an invented world, the same bytes every time
+    python data/make_qa.py
+    # your Markdown and text files; see data/README.md
+    python data/make_qa.py --from-texts DIR --output my_qa
 
-The invented world has people, places, companies and works, with a passage each, so that nothing is known beforehand. A
-one-hop question asks for what the passage of an entity says; a two-hop question for what another one says of an entity
-that the first one names. Names share words and passages name other entities, so a search finds more than the right
-passage. Training and held-out entities are two worlds in one corpus: no invented word stands in both.
+The invented world has people, places, companies and works, with a passage each, so that nothing is
+known beforehand. A one-hop question asks for what the passage of an entity says; a two-hop question
+for what another one says of an entity that the first one names. Names share words and passages name
+other entities, so a search finds more than the right passage. Training and held-out entities are
+two worlds in one corpus: no invented word stands in both.
 """
 
 import json
@@ -37,9 +41,31 @@ INDUSTRIES = ("shipping", "glass", "paper", "coffee", "steel")
 PRODUCTS = ("cheese", "lace", "clocks", "salt", "honey")
 KINDS = ("novel", "film", "opera", "play")
 PLACE_BEGINNINGS = ("New", "Old", "Upper", "Lower", "Port", "Fort", "Lake", "Mount")
-COMPANY_ENDINGS = ("Lines", "Mills", "Bank", "Foods", "Motors", "Press", "Trade", "Tools", "Group", "Sons")
+COMPANY_ENDINGS = (
+    "Lines",
+    "Mills",
+    "Bank",
+    "Foods",
+    "Motors",
+    "Press",
+    "Trade",
+    "Tools",
+    "Group",
+    "Sons",
+)
 COMPANY_ENDINGS += ("Brothers", "Union", "Partners", "Energy", "Mines", "Farms", "Labs", "Systems")
-WORK_BEGINNINGS = ("Bridge", "Garden", "House", "Island", "Letter", "Lamp", "Mirror", "Night", "Song", "Tower")
+WORK_BEGINNINGS = (
+    "Bridge",
+    "Garden",
+    "House",
+    "Island",
+    "Letter",
+    "Lamp",
+    "Mirror",
+    "Night",
+    "Song",
+    "Tower",
+)
 WORK_BEGINNINGS += ("Winter",)
 PASSAGES = {
     "person": (
@@ -101,7 +127,8 @@ class Entity:
 
 @dataclass
 class Question:
-    """The searches that lead to the answer are for the entities' names, in this order; two-hop questions have two."""
+    """The searches that lead to the answer are for the entities' names, in this order;
+    two-hop questions have two."""
 
     text: str
     answer: str
@@ -110,7 +137,8 @@ class Question:
 
 
 def invent_words(rng, count, held_out):
-    """Different capitalised words of two or three syllables, of the training world or of the held-out one."""
+    """Different capitalised words of two or three syllables,
+    of the training world or of the held-out one."""
     words = {}
     while len(words) < count:
         letters = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((2, 2, 3)))]
@@ -135,7 +163,10 @@ def make_world(rng, size, held_out=False):
     counts["work"] = size - sum(counts.values())
     names = {
         "person": lambda: f"{rng.choice(first_names)} {rng.choice(surnames)}",
-        "place": lambda: f"{rng.choice(PLACE_BEGINNINGS) if rng.random() < 0.2 else ''} {rng.choice(towns)}".strip(),
+        "place": lambda: (
+            f"{rng.choice(PLACE_BEGINNINGS) if rng.random() < 0.2 else ''} "
+            f"{rng.choice(towns)}".strip()
+        ),
         "company": lambda: f"{rng.choice(surnames)} {rng.choice(COMPANY_ENDINGS)}",
         "work": lambda: f"The {rng.choice(WORK_BEGINNINGS)} of {rng.choice(towns + surnames)}",
     }
@@ -146,11 +177,19 @@ def make_world(rng, size, held_out=False):
             person, place, company = (rng.choice(names[k]) for k in ("person", "place", "company"))
             facts = {"year": str(rng.randint(1801, 2020))}
             if kind == "person":
-                facts |= {"occupation": rng.choice(OCCUPATIONS), "birthplace": place, "employer": company}
+                facts |= {
+                    "occupation": rng.choice(OCCUPATIONS),
+                    "birthplace": place,
+                    "employer": company,
+                }
             elif kind == "company":
                 facts |= {"industry": rng.choice(INDUSTRIES), "seat": place, "founder": person}
             elif kind == "place":
-                facts |= {"river": rng.choice(rivers), "product": rng.choice(PRODUCTS), "mayor": person}
+                facts |= {
+                    "river": rng.choice(rivers),
+                    "product": rng.choice(PRODUCTS),
+                    "mayor": person,
+                }
             else:
                 facts |= {"kind": rng.choice(KINDS), "author": person, "setting": place}
             world[name] = Entity(name, kind, facts, rng.choice(PASSAGES[kind]).format(**facts))
@@ -172,22 +211,30 @@ def make_question(rng, world, names, hops):
     return Question(text, second.facts[relation], relation, [first, second])
 
 
-TOP_K = 2  # passages of a search, when it is checked that a question takes as many searches as it has hops
+# passages of a search, when it is checked that a question takes as many searches as it has hops
+TOP_K = 2
 
 
 def found_titles(question, index):
-    """The titles that a search for each of its names finds; None where one does not find the passage of its name."""
+    """The titles that a search for each of its names finds;
+    None where one does not find the passage of its name."""
     found = [[title for title, _ in index.passages(entity.name)] for entity in question.entities]
-    return found if all(entity.name in titles for entity, titles in zip(question.entities, found)) else None
+    return (
+        found
+        if all(entity.name in titles for entity, titles in zip(question.entities, found))
+        else None
+    )
 
 
 def is_proper(question, index):
-    """Whether searches for the names find each passage, and neither the question itself as a query nor a search for its
-    first name finds what a second one is for."""
+    """Whether searches for the names find each passage, and neither the question itself as a query
+    nor a search for its first name finds what a second one is for."""
     if not found_titles(question, index):
         return False
     passages = index.passages(question.text) + index.passages(question.entities[0].name)
-    return len(question.entities) == 1 or not any(question.answer in f"{title} {text}" for title, text in passages)
+    return len(question.entities) == 1 or not any(
+        question.answer in f"{title} {text}" for title, text in passages
+    )
 
 
 def make_questions(rng, world, index, count):
@@ -206,11 +253,16 @@ def write_world(config):
     """corpus.jsonl and the two files of questions about it, each from one world of its own."""
     rng = random.Random(config.seed)
     held_out_size = config.passages * 3 // 20
-    worlds = [make_world(rng, config.passages - held_out_size), make_world(rng, held_out_size, held_out=True)]
+    worlds = [
+        make_world(rng, config.passages - held_out_size),
+        make_world(rng, held_out_size, held_out=True),
+    ]
     entities = [entity for world in worlds for entity in world.values()]
     rng.shuffle(entities)
     ids = {entity.name: f"{entity.kind}-{number}" for number, entity in enumerate(entities)}
-    passages = [{"id": ids[entity.name], "title": entity.name, "text": entity.text} for entity in entities]
+    passages = [
+        {"id": ids[entity.name], "title": entity.name, "text": entity.text} for entity in entities
+    ]
     write_rows(config.output / "corpus.jsonl", passages)
     with tempfile.TemporaryDirectory() as folder:
         build_index(Path(folder) / "index", "", [(entity.name, entity.text) for entity in entities])
@@ -232,8 +284,10 @@ def write_world(config):
 # ---------------------------------------------------------------- from texts
 TEXTS = (".md", ".markdown", ".txt")
 BREAK = re.compile(r"\n\s*\n|(?<=[.!?])\s+|(?<=[。！？])")  # between paragraphs or sentences
-GAP = re.compile(r"(?<=[\w,;] )(?:[A-Z]\w+(?: [A-Z]\w+)*|[0-9]+(?:[.,][0-9]+)*)")  # a name or number, not in front
-REQUEST = """Write one question that the passage answers, and its answer, a few words that stand in the passage. The
+# a name or number, not in front
+GAP = re.compile(r"(?<=[\w,;] )(?:[A-Z]\w+(?: [A-Z]\w+)*|[0-9]+(?:[.,][0-9]+)*)")
+REQUEST = """Write one question that the passage answers, and its answer, a few words that \
+stand in the passage. The
 question must make sense to somebody who does not see the passage.
 
 Passage: {title}. {text}
@@ -245,7 +299,8 @@ REPLY = re.compile(r"Question:[ \t]*(\S[^\n]{0,300})\n\s*Answer:[ \t]*(\S[^\n]{0
 
 
 def read_sections(path):
-    """(title, text) of a text file, or of each part of a Markdown file under a heading of its own."""
+    """(title, text) of a text file, or of each part of a Markdown file under a heading of its
+    own."""
     sections, fenced = [(path.stem, [])], False
     for line in path.read_text("utf-8", errors="replace").splitlines():
         fenced ^= line.lstrip().startswith("```")
@@ -257,7 +312,8 @@ def read_sections(path):
 
 
 def cut(text, most):
-    """Passages of at most `most` characters: whole sentences where they fit, else cut between words, else anywhere."""
+    """Passages of at most `most` characters: whole sentences where they fit,
+    else cut between words, else anywhere."""
     passages = []
     for sentence in BREAK.split(text):
         for part in textwrap.wrap(" ".join(sentence.split()), most, break_on_hyphens=False):
@@ -269,7 +325,8 @@ def cut(text, most):
 
 
 def cloze(rng, passage):
-    """(question, answer): a sentence of the passage with a gap where a name or a number stood; None where none does."""
+    """(question, answer): a sentence of the passage with a gap where a name or a number stood;
+    None where none does."""
     sentences = map(str.strip, BREAK.split(passage["text"]))
     gaps = [(sentence, gap) for sentence in sentences for gap in GAP.finditer(sentence)]
     if not gaps:
@@ -279,13 +336,17 @@ def cloze(rng, passage):
 
 
 def parse_reply(reply, passage):
-    """(question, answer) of a model's reply; None where it has none, or one that the passage does not hold or the
-    question gives away."""
+    """(question, answer) of a model's reply; None where it has none, or one that the passage does
+    not hold or the question gives away."""
     found = REPLY.search(reply)
     if not found:
         return None
     question, answer = (part.strip() for part in found.groups())
-    given = holds_gold(passage["text"], [answer]) and not holds_gold(question, [answer]) and normalize_answer(answer)
+    given = (
+        holds_gold(passage["text"], [answer])
+        and not holds_gold(question, [answer])
+        and normalize_answer(answer)
+    )
     return (question, answer) if given else None
 
 
@@ -297,17 +358,28 @@ def ask(model_name, passages, batch_size=16):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto").to(device).eval()
     for first in range(0, len(passages), batch_size):
-        chats = [[{"role": "user", "content": REQUEST.format(**p)}] for p in passages[first : first + batch_size]]
-        texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
+        chats = [
+            [{"role": "user", "content": REQUEST.format(**p)}]
+            for p in passages[first : first + batch_size]
+        ]
+        texts = [
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            for chat in chats
+        ]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(
+            device
+        )
         inputs.pop("token_type_ids", None)
         ids = model.generate(**inputs, max_new_tokens=96, do_sample=False)
-        yield from tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        yield from tokenizer.batch_decode(
+            ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True
+        )
         print(f"{min(first + batch_size, len(passages))} of {len(passages)} passages", flush=True)
 
 
 def hold_out(rng, ids, group_of):
-    """About a tenth of the ids, at most half of them, in whole groups; none where the groups do not allow for that."""
+    """About a tenth of the ids, at most half of them, in whole groups;
+    none where the groups do not allow for that."""
     groups = {}
     for passage_id in ids:
         groups.setdefault(group_of(passage_id), []).append(passage_id)
@@ -319,21 +391,30 @@ def hold_out(rng, ids, group_of):
 
 
 def write_texts(config):
-    """The same three files from a folder of texts, with a question at most a passage. Held out are whole documents; or
-    passages, where one document holds most of them."""
+    """The same three files from a folder of texts, with a question at most a passage. Held out are
+    whole documents; or passages, where one document holds most of them."""
     rng = random.Random(config.seed)
-    paths = sorted(path for path in config.from_texts.rglob("*") if path.suffix.lower() in TEXTS and path.is_file())
+    paths = sorted(
+        path
+        for path in config.from_texts.rglob("*")
+        if path.suffix.lower() in TEXTS and path.is_file()
+    )
     passages = [
         {"id": f"{path.relative_to(config.from_texts)}#{number}", "title": title, "text": passage}
         for path in paths
         for number, (title, passage) in enumerate(
-            (title, passage) for title, text in read_sections(path) for passage in cut(text, config.passage_characters)
+            (title, passage)
+            for title, text in read_sections(path)
+            for passage in cut(text, config.passage_characters)
         )
     ]
     if not passages:
         fail(f"--from-texts {config.from_texts}: no text in files that end in {', '.join(TEXTS)}")
     if config.model_name:
-        pairs = [parse_reply(reply, passage) for reply, passage in zip(ask(config.model_name, passages), passages)]
+        pairs = [
+            parse_reply(reply, passage)
+            for reply, passage in zip(ask(config.model_name, passages), passages)
+        ]
     else:
         pairs = [cloze(rng, passage) for passage in passages]
     rows = [
@@ -342,20 +423,31 @@ def write_texts(config):
         if pair
     ]
     ids = [row["chunk_id"] for row in rows]
-    held_out = hold_out(rng, ids, lambda row_id: row_id.rpartition("#")[0]) or hold_out(rng, ids, str)
+    held_out = hold_out(rng, ids, lambda row_id: row_id.rpartition("#")[0]) or hold_out(
+        rng, ids, str
+    )
     if not held_out:
-        fail(f"{len(passages)} passages gave {len(rows)} questions: too few to train and hold out; add texts")
+        fail(
+            f"{len(passages)} passages gave {len(rows)} questions: "
+            "too few to train and hold out; add texts"
+        )
     rng.shuffle(rows)
     write_rows(config.output / "corpus.jsonl", passages)
-    write_rows(config.output / "questions.json", [row for row in rows if row["chunk_id"] not in held_out])
-    write_rows(config.output / "questions_eval.json", [row for row in rows if row["chunk_id"] in held_out])
+    write_rows(
+        config.output / "questions.json", [row for row in rows if row["chunk_id"] not in held_out]
+    )
+    write_rows(
+        config.output / "questions_eval.json", [row for row in rows if row["chunk_id"] in held_out]
+    )
 
 
 # ---------------------------------------------------------------- both
 def write_rows(path, rows):
     """A list in JSON with a line for each row, or JSON lines."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    text = "[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join([*lines, ""])
+    text = (
+        "[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join([*lines, ""])
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", errors="replace")
     print(f"{path}: {len(rows)} rows, {path.stat().st_size:,} bytes")
@@ -368,8 +460,10 @@ class Config:
     passages: int = 3000  # of the invented world, one an entity; 15 % of them are held out
     questions: int = 2048  # of the invented world
     eval_questions: int = 512  # of the invented world
-    from_texts: Path | None = None  # a directory with .md, .markdown and .txt files, in place of the invented world
-    model_name: str | None = None  # the causal LM that writes the questions; without one, sentences get a gap
+    # a directory with .md, .markdown and .txt files, in place of the invented world
+    from_texts: Path | None = None
+    # the causal LM that writes the questions; without one, sentences get a gap
+    model_name: str | None = None
     passage_characters: int = 400  # at most, of a passage from texts
 
 

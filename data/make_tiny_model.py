@@ -1,14 +1,19 @@
 """Make the embedded policies: small causal LMs that can do a task but do not reliably show it.
 
-    python data/make_tiny_model.py math              # writes data/policy_math, on two CPU cores within the hour
-    python data/make_tiny_model.py math_long         # writes data/policy_math_long; its flags are in data/README.md
-    python data/make_tiny_model.py calculator        # writes data/policy_calculator; likewise
-    python data/make_tiny_model.py qa                # writes data/policy_qa; likewise
+    # writes data/policy_math, on two CPU cores within the hour
+    python data/make_tiny_model.py math
+    # writes data/policy_math_long; its flags are in data/README.md
+    python data/make_tiny_model.py math_long
+    # writes data/policy_calculator; likewise
+    python data/make_tiny_model.py calculator
+    # writes data/policy_qa; likewise
+    python data/make_tiny_model.py qa
 
-A policy is supervised in two stages. First *skill*: demonstrations that all reason and answer in the good form, until
-the model is nearly always right. Then a short *mixture* in which only a part of the demonstrations do so and the rest
-guess or break the form: what GRPO then has to find out is which of its own habits pay. To add a policy, write one
-function from a random generator to (question, good completion, habitual completion) and name it in POLICIES.
+A policy is supervised in two stages. First *skill*: demonstrations that all reason and answer in
+the good form, until the model is nearly always right. Then a short *mixture* in which only a part
+of the demonstrations do so and the rest guess or break the form: what GRPO then has to find out is
+which of its own habits pay. To add a policy, write one function from a random generator to
+(question, good completion, habitual completion) and name it in POLICIES.
 
 The weights are rounded to bfloat16 before they are measured and saved.
 """
@@ -36,21 +41,27 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path += [
-    str(Path(__file__).resolve().parents[1] / f"experiment_multiturn_{name}") for name in ("tool_calling", "qa")
+    str(Path(__file__).resolve().parents[1] / f"experiment_multiturn_{name}")
+    for name in ("tool_calling", "qa")
 ]
 import calculator  # noqa: E402
 import make_qa  # noqa: E402
 import search  # noqa: E402
 
 MATH_SYSTEM_PROMPT = (
-    "Reason step by step inside <think> </think>, then give the final number inside <answer> </answer>."
+    "Reason step by step inside <think> </think>, "
+    "then give the final number inside <answer> </answer>."
 )
 CALCULATOR_SYSTEM_PROMPT = (
-    "Answer the question. You may use the calculator. Give the final number inside <answer> </answer>."
+    "Answer the question. You may use the calculator. "
+    "Give the final number inside <answer> </answer>."
 )
-QA_SYSTEM_PROMPT = "Answer the question. You may search several times. Give the answer inside <answer> </answer>."
+QA_SYSTEM_PROMPT = (
+    "Answer the question. You may search several times. Give the answer inside <answer> </answer>."
+)
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -59,7 +70,8 @@ CHAT_TEMPLATE = (
 
 
 def steps(expression, slip=lambda: 0):
-    """Reasoning for sums, one operation a line from the left, and its result: 5 + 4 - 2 -> ("5+4=9\\n9-2=7", 7).
+    """Reasoning for sums, one operation a line from the left, and its result:
+    5 + 4 - 2 -> ("5+4=9\\n9-2=7", 7).
 
     `slip()` is added to the result of each line, and the next ones go on from there.
     """
@@ -73,7 +85,8 @@ def steps(expression, slip=lambda: 0):
 
 
 def guess(rng, expression):
-    """What the policy says when it does not reason: right once in ten times, else off by chance or a term short."""
+    """What the policy says when it does not reason: right once in ten times,
+    else off by chance or a term short."""
     answer, draw = evaluate(expression), rng.random()
     if draw < 0.1:
         return answer
@@ -82,15 +95,17 @@ def guess(rng, expression):
     return answer + rng.choice((-1, 1)) * rng.randint(1, 20)
 
 
-# How often a question is answered in the good form depends on how it is asked, so greedy decoding starts out right
-# on some phrasings and wrong on others, and the rarest good form is still found by sampling a group of eight.
+# How often a question is answered in the good form depends on how it is asked, so greedy decoding
+# starts out right on some phrasings and wrong on others, and the rarest good form is still found by
+# sampling a group of eight.
 REASON_RATES = dict(zip(PHRASINGS, (0.75, 0.6, 0.3, 0.3, 0.25, 0.2)))
 HARD_CELL_WEIGHT = 6  # three terms of two digits are drawn this much more often than any other cell
 HELD_OUT = held_out_expressions()
 
 
 def math_demonstration(rng):
-    """One arithmetic question: (question, completion in the good form, completion as the mixture has it)."""
+    """One arithmetic question: (question, completion in the good form,
+    completion as the mixture has it)."""
     weights = [HARD_CELL_WEIGHT if cell[:2] == (3, 2) else 1 for cell in BASE_CELLS]
     expression = random_expression(rng, rng.choices(BASE_CELLS, weights)[0])
     while expression in HELD_OUT:
@@ -105,7 +120,11 @@ def math_demonstration(rng):
         (1, f"<think>{reasoning}</think>\n{answer}"),  # half of the form
     )
     habit = rng.choices([text for _, text in habits], [weight for weight, _ in habits])[0]
-    return phrasing.format(expression), good, good if rng.random() < REASON_RATES[phrasing] else habit
+    return (
+        phrasing.format(expression),
+        good,
+        good if rng.random() < REASON_RATES[phrasing] else habit,
+    )
 
 
 SLIP_RATE = 0.1  # of a line, in the mixture
@@ -114,32 +133,42 @@ CHECK_WEIGHTS = (8, 4, 2, 1)  # of no check, one, two, three
 
 def chain(rng, expression, slip_rate):
     """Reasoning in which any line may be wrong by a little."""
-    return steps(expression, lambda: rng.choice((-10, -2, -1, 1, 2, 10)) if rng.random() < slip_rate else 0)
+    return steps(
+        expression, lambda: rng.choice((-10, -2, -1, 1, 2, 10)) if rng.random() < slip_rate else 0
+    )
 
 
 def checked(rng, reasoning, answer):
-    """The good form, with the reasoning repeated up to three times: as often after wrong reasoning as after right."""
+    """The good form, with the reasoning repeated up to three times:
+    as often after wrong reasoning as after right."""
     count = rng.choices(range(len(CHECK_WEIGHTS)), CHECK_WEIGHTS)[0]
-    return f"<think>{reasoning}{f'{chr(10)}Check: {reasoning}' * count}</think>\n<answer>{answer}</answer>"
+    return (
+        f"<think>{reasoning}{f'{chr(10)}Check: {reasoning}' * count}</think>\n"
+        f"<answer>{answer}</answer>"
+    )
 
 
 def long_demonstration(rng):
-    """A sum of two to six terms, often reasoned in more words than it needs. The mixture forgets the last term as often
-    as the math policy does not reason, and it slips. The number of checks says nothing about the answer, so that the
-    length of a completion is free to become what an objective makes of it."""
+    """A sum of two to six terms, often reasoned in more words than it needs. The mixture forgets
+    the last term as often as the math policy does not reason, and it slips. The number of checks
+    says nothing about the answer, so that the length of a completion is free to become what an
+    objective makes of it."""
     expression = random_expression(rng, rng.choice(LONG_CELLS))
     while expression in HELD_OUT:
         expression = random_expression(rng, rng.choice(LONG_CELLS))
     phrasing = rng.choice(PHRASINGS)
     good = checked(rng, *chain(rng, expression, 0))
     is_complete = rng.random() < REASON_RATES[phrasing]
-    habit = checked(rng, *chain(rng, expression if is_complete else expression.rsplit(" ", 2)[0], SLIP_RATE))
+    habit = checked(
+        rng, *chain(rng, expression if is_complete else expression.rsplit(" ", 2)[0], SLIP_RATE)
+    )
     return phrasing.format(expression), good, habit
 
 
 # ---------------------------------------------------------------- the policy with a calculator
 
-CALL_RATES = dict(zip(PHRASINGS, (0.45, 0.4, 0.35, 0.3, 0.2, 0.15)))  # below a half: greedily it never calls
+# below a half: greedily it never calls
+CALL_RATES = dict(zip(PHRASINGS, (0.45, 0.4, 0.35, 0.3, 0.2, 0.15)))
 SLIPS = (  # what a careless call looks like
     '{{"expression": "{}"}}',
     '{{"name": "calculator", "expression": "{}"}}',
@@ -160,7 +189,9 @@ def dialogue(*turns, reply=calculated):
     return [text for pair in zip(turns, [*replies, None]) for text in pair][:-1]
 
 
-def calculator_call(expression, form='{{"name": "calculator", "arguments": {{"expression": "{}"}}}}'):
+def calculator_call(
+    expression, form='{{"name": "calculator", "arguments": {{"expression": "{}"}}}}'
+):
     return f"<tool_call>\n{form.format(expression)}\n</tool_call>"
 
 
@@ -172,8 +203,8 @@ def careless_call(rng, expression):
 
 
 def calculator_demonstration(rng):
-    """A product or more of up to four digits, too hard to do without the tool. A habitual dialogue guesses, or calls
-    more or less carefully; a guess has the right sign, first digit and length."""
+    """A product or more of up to four digits, too hard to do without the tool. A habitual dialogue
+    guesses, or calls more or less carefully; a guess has the right sign, first digit and length."""
     expression = random_expression(rng, rng.choice(HARD_CELLS))
     while expression in HELD_OUT:
         expression = random_expression(rng, rng.choice(HARD_CELLS))
@@ -189,7 +220,8 @@ def calculator_demonstration(rng):
             (15, dialogue(call, tagged)),
             (3, recovered),
             (1, dialogue(call, f"The answer is {answer}.")),
-            (1, dialogue(calculator_call(shorter), f"<answer>{evaluate(shorter)}</answer>")),  # forgets the last term
+            # forgets the last term
+            (1, dialogue(calculator_call(shorter), f"<answer>{evaluate(shorter)}</answer>")),
         )
     else:
         habits = (
@@ -203,7 +235,8 @@ def calculator_demonstration(rng):
 
 # ---------------------------------------------------------------- the policy that searches
 
-SEARCH_RATES = {"person": 0.45, "company": 0.35, "place": 0.35, "work": 0.3}  # by what the question is about
+# by what the question is about
+SEARCH_RATES = {"person": 0.45, "company": 0.35, "place": 0.35, "work": 0.3}
 STOP_RATE = 0.5  # of a two-hop dialogue that searches, after the first search
 TOP_K = 2  # passages in a result
 EASY_RATE = 0.3  # of the easy questions are shown, and all of the hard ones
@@ -217,7 +250,8 @@ QUERY_SLIPS = (
 
 @cache
 def training_world(seed):
-    """A world of its own for the demonstrations, without a word of the held-out one: (entities by name, index)."""
+    """A world of its own for the demonstrations, without a word of the held-out one:
+    (entities by name, index)."""
     world = make_qa.make_world(random.Random(f"world {seed}"), 2550)
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index.sqlite"
@@ -229,7 +263,9 @@ def training_world(seed):
 def shipped_index():
     """Of the corpus that the held-out questions are about."""
     questions = str(make_qa.OUTPUT / "questions_eval.json")
-    return search.open_search(SimpleNamespace(data_path=questions, index_path=None, top_k=TOP_K), [])
+    return search.open_search(
+        SimpleNamespace(data_path=questions, index_path=None, top_k=TOP_K), []
+    )
 
 
 def found_by(index, turn):
@@ -256,16 +292,19 @@ def guess_answer(rng, world, names, relation):
 
 
 def is_hard(question, found):
-    """Whether a search finds another passage before the right one, or a name along the way has a word of direction or
-    the like before it, as a fifth of the places have, which is soon taken for another such word."""
+    """Whether a search finds another passage before the right one, or a name along the way has a
+    word of direction or the like before it, as a fifth of the places have, which is soon taken for
+    another such word."""
     names = [entity.name for entity in question.entities]
     second = any(titles[0] != name for name, titles in zip(names, found))
-    return second or any(name.split()[0] in make_qa.PLACE_BEGINNINGS for name in [*names, question.answer])
+    return second or any(
+        name.split()[0] in make_qa.PLACE_BEGINNINGS for name in [*names, question.answer]
+    )
 
 
 def qa_demonstration(rng):
-    """A question over one or two passages. A habitual dialogue guesses, or searches, and of two searches may leave out
-    the second and answer with what the first one found."""
+    """A question over one or two passages. A habitual dialogue guesses, or searches, and of two
+    searches may leave out the second and answer with what the first one found."""
     world, names, index = training_world(rng.randrange(8))
     while True:
         question = make_qa.make_question(rng, world, names, rng.choice((1, 2)))
@@ -300,22 +339,33 @@ def qa_demonstration(rng):
 
 @dataclass
 class Policy:
-    demonstration: Callable[[random.Random], tuple]  # (question, good, habitual); texts, or for dialogues lists of them
+    # (question, good, habitual); texts, or for dialogues lists of them
+    demonstration: Callable[[random.Random], tuple]
     system_prompt: str
     added_tokens: tuple[str, ...]  # tags that become one token each, as <think> is in Qwen3
     good_start: str  # what a completion in the good form begins with
     tasks: str  # the held-out file that the policy is measured on
     start: str | None = None  # the policy whose weights it begins with
     own_tokenizer: bool = False  # and not that policy's
-    # The learned tokens of a row in the mixture, about. A batch's loss is divided by them where they are given, else by
-    # its own tokens; then those of short rows, which go into a batch together, weigh more, and short habits spread.
+    # The learned tokens of a row in the mixture, about. A batch's loss is divided by them where
+    # they are given, else by its own tokens; then those of short rows, which go into a batch
+    # together, weigh more, and short habits spread.
     mixture_tokens: int | None = None
-    reply: Callable[[str], str | None] = calculated  # the environment's, to a turn; None where that has no call
-    names_apart: bool = False  # a name's tokens are the same behind a space, a quote and at the start of a line
+    # the environment's, to a turn; None where that has no call
+    reply: Callable[[str], str | None] = calculated
+    # a name's tokens are the same behind a space, a quote and at the start of a line
+    names_apart: bool = False
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-TOOL_TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+TOOL_TAGS = (
+    "<tools>",
+    "</tools>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
 POLICIES = {
     "math": Policy(
         math_demonstration,
@@ -365,7 +415,8 @@ class Config:
     policy: tyro.conf.Positional[Literal["math", "math_long", "calculator", "qa"]] = "math"
     seed: int = 0
     output: Path | None = None  # default: policy_<name> beside this script
-    start: Path | None = None  # a policy to go on from, with its tokenizer; default: what the policy says
+    # a policy to go on from, with its tokenizer; default: what the policy says
+    start: Path | None = None
     vocab_size: int = 400  # at most: merges end earlier where the dialogues have no more to merge
     hidden_size: int = 192
     num_layers: int = 4
@@ -374,19 +425,25 @@ class Config:
     skill_lr: float = 2e-3
     mixture_steps: int = 500
     mixture_lr: float = 7e-4
-    attention: Literal["eager", "sdpa"] = "eager"  # which is faster backwards differs between CPUs, by twice
-    autocast: bool = True  # bfloat16 matrix products where the machine is fast at them; float32 weights all the same
-    skill_weights: Path | None = (
-        None  # kept here after the first stage, and read from here instead of training it again
-    )
+    # which is faster backwards differs between CPUs, by twice
+    attention: Literal["eager", "sdpa"] = "eager"
+    # bfloat16 matrix products where the machine is fast at them; float32 weights all the same
+    autocast: bool = True
+    # kept here after the first stage, and read from here instead of training it again
+    skill_weights: Path | None = None
+
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_tokenizer(policy, vocab_size, rng):
-    """A byte-level BPE with single digits, trained on the policy's own dialogues, and a ChatML template."""
+    """A byte-level BPE with single digits, trained on the policy's own dialogues,
+    and a ChatML template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     texts = [f"user\nsystem\nassistant\n{policy.system_prompt}"] * 2000
@@ -435,23 +492,31 @@ def make_model(tokenizer, config):
 
 
 def load_start(model, tokenizer, start):
-    """Take over the weights of a policy, and the embeddings of the tokens that both tokenizers have."""
+    """Take over the weights of a policy,
+    and the embeddings of the tokens that both tokenizers have."""
     weights = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict()
     known = AutoTokenizer.from_pretrained(start).get_vocab()
     embeddings = model.state_dict()["model.embed_tokens.weight"].clone()
     for token, index in tokenizer.get_vocab().items():
         if token in known:
             embeddings[index] = weights["model.embed_tokens.weight"][known[token]]
-    model.load_state_dict(weights | {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings})
+    model.load_state_dict(
+        weights | {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings}
+    )
 
 
 def chat(tokenizer, policy, question):
     """The prompt text of a question, up to and with the header of the assistant's turn."""
-    messages = [{"role": "system", "content": policy.system_prompt}, {"role": "user", "content": question}]
+    messages = [
+        {"role": "system", "content": policy.system_prompt},
+        {"role": "user", "content": question},
+    ]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-RESPONSE = "\n<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+RESPONSE = (
+    "\n<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+)
 
 
 def as_turns(completion):
@@ -459,23 +524,31 @@ def as_turns(completion):
 
 
 def tokenize_completion(tokenizer, completion):
-    """(ids, labels) of a completion. The policy's turns are learned, with the end token of each; the environment's are
-    not, and are put between them as the experiments do it."""
+    """(ids, labels) of a completion. The policy's turns are learned, with the end token of each;
+    the environment's are not, and are put between them as the experiments do it."""
     ids, labels = [], []
     for number, text in enumerate(as_turns(completion)):
-        tokens = tokenizer(RESPONSE.format(text) if number % 2 else text + tokenizer.eos_token).input_ids
+        tokens = tokenizer(
+            RESPONSE.format(text) if number % 2 else text + tokenizer.eos_token
+        ).input_ids
         ids, labels = ids + tokens, labels + ([-100] * len(tokens) if number % 2 else tokens)
     return ids, labels
 
 
 def batches(policy, tokenizer, rng, stage, num_steps, batch_size, device, bucket=8):
-    """Yield (input_ids, labels) of (batch_size, tokens); rows of like length go together to save padding."""
+    """Yield (input_ids, labels) of (batch_size, tokens);
+    rows of like length go together to save padding."""
     for _ in range(math.ceil(num_steps / bucket)):
         demonstrations = [policy.demonstration(rng) for _ in range(bucket * batch_size)]
         prompts = tokenizer([chat(tokenizer, policy, d[0]) for d in demonstrations]).input_ids
-        targets = [tokenize_completion(tokenizer, d[1 if stage == "skill" else 2]) for d in demonstrations]
+        targets = [
+            tokenize_completion(tokenizer, d[1 if stage == "skill" else 2]) for d in demonstrations
+        ]
         rows = sorted(
-            ((prompt + ids, [-100] * len(prompt) + labels) for prompt, (ids, labels) in zip(prompts, targets)),
+            (
+                (prompt + ids, [-100] * len(prompt) + labels)
+                for prompt, (ids, labels) in zip(prompts, targets)
+            ),
             key=lambda row: len(row[0]),
         )
         chunks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
@@ -485,25 +558,33 @@ def batches(policy, tokenizer, rng, stage, num_steps, batch_size, device, bucket
             input_ids = torch.full((batch_size, width), tokenizer.pad_token_id)
             labels = torch.full((batch_size, width), -100)
             for i, (row, learned) in enumerate(chunk):
-                input_ids[i, : len(row)], labels[i, : len(row)] = torch.tensor(row), torch.tensor(learned)
+                input_ids[i, : len(row)] = torch.tensor(row)
+                labels[i, : len(row)] = torch.tensor(learned)
             yield input_ids.to(device), labels.to(device)
 
 
 def hidden_states(model, input_ids, labels):
-    """The decoder's hidden states, (batch, tokens, hidden), and what each of them is to predict, for the tokens behind
-    the beginning that all rows share, their system prompt; that is forwarded once."""
-    shared = int((input_ids == input_ids[:1]).all(0).long().cumprod(0).sum().clamp(1, input_ids.shape[1] - 1))
+    """The decoder's hidden states, (batch, tokens, hidden), and what each of them is to predict,
+    for the tokens behind the beginning that all rows share, their system prompt; that is forwarded
+    once."""
+    shared = int(
+        (input_ids == input_ids[:1]).all(0).long().cumprod(0).sum().clamp(1, input_ids.shape[1] - 1)
+    )
     cache = model.model(input_ids[:1, :shared], use_cache=True).past_key_values
     cache.batch_repeat_interleave(len(input_ids))
-    return model.model(input_ids[:, shared:-1], past_key_values=cache).last_hidden_state, labels[:, shared + 1 :]
+    hidden = model.model(input_ids[:, shared:-1], past_key_values=cache).last_hidden_state
+    return hidden, labels[:, shared + 1 :]
 
 
 def train(model, tokenizer, policy, stage, num_steps, lr, config, rng):
-    """Supervised training on the completions alone: AdamW, warm-up, then a cosine to a hundredth of `lr`."""
+    """Supervised training on the completions alone: AdamW, warm-up,
+    then a cosine to a hundredth of `lr`."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], lr, (0.9, 0.98)
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        lr,
+        (0.9, 0.98),
     )
     warm_up = max(1, min(200, num_steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -511,7 +592,10 @@ def train(model, tokenizer, policy, stage, num_steps, lr, config, rng):
         lambda step: (
             (step + 1) / warm_up
             if step < warm_up
-            else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, (step - warm_up) / (num_steps - warm_up))))
+            else 0.01
+            + 0.99
+            * 0.5
+            * (1 + math.cos(math.pi * min(1, (step - warm_up) / (num_steps - warm_up))))
         ),
     )
     start, seen = time.time(), 0
@@ -532,10 +616,14 @@ def train(model, tokenizer, policy, stage, num_steps, lr, config, rng):
         seen += input_ids.numel()
         if step % 100 == 0:
             rate = seen / (time.time() - start)
-            print(f"{stage} {step}/{num_steps} loss {loss.item():.4f} {rate:.0f} tokens/s", flush=True)
+            print(
+                f"{stage} {step}/{num_steps} loss {loss.item():.4f} {rate:.0f} tokens/s", flush=True
+            )
         if stage == "skill" and step % 1000 == 0:
             print(
-                f"  in the good form: {measure(model, tokenizer, policy, config, policy.good_start)[1]:.3f}", flush=True
+                "  in the good form: "
+                f"{measure(model, tokenizer, policy, config, policy.good_start)[1]:.3f}",
+                flush=True,
             )
         if step == num_steps:
             return
@@ -543,12 +631,18 @@ def train(model, tokenizer, policy, stage, num_steps, lr, config, rng):
 
 @torch.no_grad()
 def measure(model, tokenizer, policy, config, start="", sample=False):
-    """(accuracy, lenient accuracy, tool-use rate) on the held-out file, greedy or sampled at temperature 1.
+    """(accuracy, lenient accuracy, tool-use rate) on the held-out file,
+    greedy or sampled at temperature 1.
 
-    `start` is given as the beginning of every completion. Lenient takes the last number of the completion, tags or not.
+    `start` is given as the beginning of every completion.
+    Lenient takes the last number of the completion, tags or not.
     """
     lines = (Path(__file__).parent / policy.tasks).read_text()
-    rows = json.loads(lines) if policy.tasks.endswith(".json") else [json.loads(line) for line in lines.splitlines()]
+    rows = (
+        json.loads(lines)
+        if policy.tasks.endswith(".json")
+        else [json.loads(line) for line in lines.splitlines()]
+    )
     texts = [chat(tokenizer, policy, row["question"]) + start for row in rows]
     turns = [start] * len(rows)  # the last one of each dialogue
     callers, active = set(), list(range(len(rows)))
@@ -556,10 +650,16 @@ def measure(model, tokenizer, policy, config, start="", sample=False):
     tokenizer.padding_side = "left"
     for _ in range(4):
         for chunk in (active[i : i + 128] for i in range(0, len(active), 128)):
-            inputs = tokenizer([texts[i] for i in chunk], return_tensors="pt", padding=True).to(config.device)
+            inputs = tokenizer([texts[i] for i in chunk], return_tensors="pt", padding=True).to(
+                config.device
+            )
             inputs.pop("token_type_ids", None)
-            ids = model.generate(**inputs, max_new_tokens=256, do_sample=sample, top_k=0, top_p=1.0, temperature=1.0)
-            for i, completion in zip(chunk, tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], True)):
+            ids = model.generate(
+                **inputs, max_new_tokens=256, do_sample=sample, top_k=0, top_p=1.0, temperature=1.0
+            )
+            for i, completion in zip(
+                chunk, tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], True)
+            ):
                 texts[i], turns[i] = texts[i] + completion, turns[i] + completion
         replies = {i: policy.reply(turns[i]) for i in active}
         active = [i for i in active if replies[i] is not None]
@@ -568,10 +668,14 @@ def measure(model, tokenizer, policy, config, start="", sample=False):
             texts[i] += tokenizer.eos_token + RESPONSE.format(replies[i])
             turns[i] = ""
     answers = [turn.rpartition("<answer>")[2].partition("</answer>") for turn in turns]
-    right = [given.strip() == str(row["answer"]) and closed != "" for (given, closed, _), row in zip(answers, rows)]
+    right = [
+        given.strip() == str(row["answer"]) and closed != ""
+        for (given, closed, _), row in zip(answers, rows)
+    ]
     lenient = [is_lenient_match(turn, row["answer"]) for turn, row in zip(turns, rows)]
     model.train()
-    return tuple(sum(part) / len(rows) for part in (right, lenient, [i in callers for i in range(len(rows))]))
+    called = [i in callers for i in range(len(rows))]
+    return tuple(sum(part) / len(rows) for part in (right, lenient, called))
 
 
 def is_lenient_match(turn, answer):
@@ -585,9 +689,15 @@ def main(config: Config):
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     output = config.output or Path(__file__).resolve().parent / f"policy_{config.policy}"
-    start = config.start or (Path(__file__).resolve().parent / policy.start if policy.start else None)
+    start = config.start or (
+        Path(__file__).resolve().parent / policy.start if policy.start else None
+    )
     own = not start or (policy.own_tokenizer and not config.start)
-    tokenizer = make_tokenizer(policy, config.vocab_size, rng) if own else AutoTokenizer.from_pretrained(start)
+    tokenizer = (
+        make_tokenizer(policy, config.vocab_size, rng)
+        if own
+        else AutoTokenizer.from_pretrained(start)
+    )
     model = make_model(tokenizer, config)
     if start:
         load_start(model, tokenizer, start)
@@ -606,11 +716,17 @@ def main(config: Config):
     model.to(torch.bfloat16)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    model = make_model(tokenizer, config)  # what is measured is what was saved, rounded, in float32 as train.py has it
-    model.load_state_dict(Qwen2ForCausalLM.from_pretrained(output, dtype=torch.float32).state_dict())
+    # what is measured is what was saved, rounded, in float32 as train.py has it
+    model = make_model(tokenizer, config)
+    model.load_state_dict(
+        Qwen2ForCausalLM.from_pretrained(output, dtype=torch.float32).state_dict()
+    )
     print(f"greedy:            right {measure(model, tokenizer, policy, config)}")
     print(f"sampled:           right {measure(model, tokenizer, policy, config, sample=True)}")
-    print(f"begun with {policy.good_start!r}: right {measure(model, tokenizer, policy, config, policy.good_start)}")
+    print(
+        f"begun with {policy.good_start!r}: "
+        f"right {measure(model, tokenizer, policy, config, policy.good_start)}"
+    )
     print("each as (accuracy, lenient accuracy); saved in", output)
 
 

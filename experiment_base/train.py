@@ -1,14 +1,31 @@
 """GRPO (Group Relative Policy Optimization, arXiv 2402.03300) in one file.
 
-Trains a causal LM to answer in <think> ... </think> <answer> ... </answer>. For every prompt a group of completions is
-sampled, and a completion's advantage is how much better than its group it was rewarded: that replaces PPO's critic.
+Trains a causal LM to answer in <think> ... </think> <answer> ... </answer>. For every prompt a
+group of completions is sampled. A completion's advantage is how much better than its group it was
+rewarded, and that replaces PPO's critic.
 
-    python experiment_base/train.py      # the embedded policy, on a laptop's CPU, in less than a minute; see --help
+    python experiment_base/train.py           # the embedded policy, on a laptop's CPU, in a minute
+    python experiment_base/train.py --help    # every constant below is a flag
 
-Unlike the paper: one reference for the whole run, rewards from a rule, advantage 0 where a group's rewards are equal.
+New to GRPO? Read experiment_minimal/train.py first. It is the same algorithm, padded and plain, and
+a test proves that both compute the same gradient. This one is several times faster, trains real
+models and can be resumed. Beside it, loss.py and replay_buffer.py are the lesson; sampling.py,
+model.py and run.py are plumbing.
+
+The words, with the numbers of the default:
+
+    group          the completions of one prompt: 8
+    step           16 prompts x 8 completions = 128 completions, sampled, trained on, thrown away
+    update         one optimizer step, on 64 completions; so a step has 2
+    micro-batch    what is forwarded and backpropagated at once: at most 1,024 tokens
+    row            one sequence of a micro-batch; it holds a whole group, see replay_buffer.py
+
+    a step: 128 completions -> 2 updates of 64 -> micro-batches of <= 1,024 tokens -> rows
+
+Unlike the paper: one reference for the whole run, rewards from a rule instead of a model, and
+advantage 0 where all rewards of a group are equal.
 """
 
-import math
 import random
 import re
 import time
@@ -19,74 +36,156 @@ from typing import Literal
 
 import torch
 import tyro
-from loss import GRPOLoss, loss_metrics, masked_mean
-from model import as_reference, autocast, can_pack, end_token_ids, load_model, load_tokenizer, make_optimizer
-from model import out_of_memory_names, peak_memory, resolve, unwrap
+from loss import GRPOLoss, loss_metrics
+from model import (
+    as_reference,
+    autocast,
+    can_pack,
+    find_eos_ids,
+    load_model,
+    load_tokenizer,
+    make_optimizer,
+    make_scaler,
+    optimizer_step,
+    out_of_memory_names,
+    peak_memory,
+    resolve,
+    unwrap,
+)
 from replay_buffer import Experience, MicroBatch, ReplayBuffer
-from run import Run, check_config, fail, find_checkpoint, read_train_and_eval_rows
-from torch.nn.utils import clip_grad_norm_
+from run import (
+    Run,
+    check_config,
+    fail,
+    read_train_and_eval_rows,
+    rollout_metrics,
+    show_completion,
+    speed_metrics,
+)
+from sampling import sample
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 EXPERIMENT = Path(__file__).resolve().parent.name
 DATA = Path(__file__).resolve().parents[1] / "data"
-MAX_SKIPPED = 10  # updates in a row without a finite gradient that end the run
 
 
 @dataclass
 class Config:
-    # the run
-    run_name: str | None = None  # name of its directories; default: the experiment and the time
-    log_dir: str = "runs"  # holds <run-name>/metrics.jsonl and the TensorBoard log
-    wandb: bool = False  # log to Weights & Biases too (pip install wandb)
-    wandb_project: str = "grpo"  # the project there
-    seed: int = 42  # of prompt order, sampling and LoRA's first weights
-    device_index: int | None = None  # which CUDA device; default: the first, else Apple's, else the CPU
-    checkpoint_path: str = "./output"  # holds <experiment>/<run-name>/step_000020
-    checkpoint_interval: int = 20  # steps between checkpoints; the last step has one too
-    resume: bool = False  # continue the named run, else this experiment's newest
-    eval_interval: int = 10  # steps between evaluations; there is one before the first step and after the last too
-    log_completions_interval: int = 10  # steps between completions shown in full
-    # the model
-    model_name: str = str(DATA / "policy_math")  # a directory (of a model or an adapter), or a name on the hub
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights: float32
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # flash cannot take packed rows
-    lora_rank: int = 0  # of adapters on all linear layers; 0 trains every weight
-    load_in_4bit: bool = False  # frozen weights in nf4, with LoRA
-    gradient_checkpointing: bool = False  # much less memory for a third more time in training
-    # the data
-    data_path: str = str(DATA / "math_tasks.jsonl")  # .jsonl, .json, .parquet, or a hub data set: name or name:config
-    eval_data_path: str | None = None  # default: <data>_eval.jsonl beside it, the hub's test split, or the last 10 %
+    # ---- the run
+
+    # Name of the run's directories. Default: the experiment and the time.
+    run_name: str | None = None
+    # Holds <run-name>/metrics.jsonl and the TensorBoard log.
+    log_dir: str = "runs"
+    # Log to Weights & Biases too (pip install wandb).
+    wandb: bool = False
+    # The project there.
+    wandb_project: str = "grpo"
+    # Decides the prompts' order, the samples and LoRA's first weights.
+    seed: int = 42
+    # Which CUDA device. Default: the first, else Apple's, else the CPU.
+    device_index: int | None = None
+    # Holds <experiment>/<run-name>/step_000020.
+    checkpoint_path: str = "./output"
+    # Steps between checkpoints. Higher: fewer writes, more to lose. The last step has one too.
+    checkpoint_interval: int = 20
+    # Continue the named run, else this experiment's newest.
+    resume: bool = False
+    # Steps between evaluations. Higher: faster. There is one before the first step and at the end.
+    eval_interval: int = 10
+    # Steps between completions that are printed in full.
+    log_completions_interval: int = 10
+    # A small run to see that all works: at most 100 prompts and 100 steps, a checkpoint every 50.
+    test: bool = False
+
+    # ---- the model
+
+    # A directory (of a model or an adapter), or a name on the hub.
+    model_name: str = str(DATA / "policy_math")
+    # Of matrix products. Weights that are trained are float32.
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # flash_attention_2 takes no mask, so rows hold one completion with it.
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    # Rank of adapters on all linear layers. Higher: can learn more, takes more memory. 0 trains
+    # every weight of the model instead.
+    lora_rank: int = 0
+    # Frozen weights in nf4 (needs LoRA): a quarter of their memory, a little slower.
+    load_in_4bit: bool = False
+    # Much less memory in training, for a third more time.
+    gradient_checkpointing: bool = False
+
+    # ---- the data
+
+    # .jsonl, .json, .parquet, or a hub data set: name or name:config.
+    data_path: str = str(DATA / "math_tasks.jsonl")
+    # Default: <data>_eval.jsonl beside it, the hub's test split, or the last 10 %.
+    eval_data_path: str | None = None
+    # The field of a row that holds the question.
     question_field: str = "question"
-    answer_field: str = "answer"  # holds a number; where it holds ####, the number follows that
-    system_prompt: str = (  # the embedded policy knows this one only
-        "Reason step by step inside <think> </think>, then give the final number inside <answer> </answer>."
+    # The field that holds a number. Where it holds ####, the number follows that.
+    answer_field: str = "answer"
+    # The embedded policy knows this one only.
+    system_prompt: str = (
+        "Reason step by step inside <think> </think>, "
+        "then give the final number inside <answer> </answer>."
     )
-    max_prompts: int = 1024  # training prompts, from the start of the file
-    max_terms: int = 3  # rows with more num_terms are left out; this and the next two concern rows that have the field
-    max_digits: int = 2  # rows with more num_digits are left out
-    operators: str = "+-"  # rows with other operators are left out
-    # the rollout
-    group_size: int = 8  # completions per prompt
-    rollouts_per_step: int = 16  # prompts per step
-    temperature: float = 1.0  # of sampling, and therefore of every log-prob
-    max_length: int = 512  # tokens of prompt and completion together
-    max_new_tokens: int = 64  # tokens of a completion
-    sample_rows: int = 256  # completions sampled at once; lower it when sampling runs out of memory
-    # the update
-    max_steps: int | None = None  # stop after this many; 0 only evaluates
-    epochs: int = 1  # passes over the prompts
-    epochs_per_step: int = 1  # passes over a step's completions
-    train_batch_size: int = 64  # completions per optimizer step: half a step's, so that the second update has to clip
-    micro_batch_tokens: int = 1024  # tokens forwarded at once: 4096 and more for real models; lower it to save memory
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit keeps its state in 8 bits (bitsandbytes)
-    lr: float = 5e-5  # for the embedded policy; real models: 1e-6 in full, 1e-5 with LoRA
-    max_norm: float = 1.0  # the gradient is scaled down to this norm
-    clip_eps_low: float = 0.2  # the ratio is clipped to 1 - clip_eps_low ...
-    clip_eps_high: float = 0.2  # ... 1 + clip_eps_high
-    kl_weight: float = 0.01  # of the KL to the policy that training began with; 0 needs no reference
-    critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"  # the weight of a token, see loss.py
-    format_weight: float = 0.1  # reward of the form, where a right answer is worth 1
+    # Training prompts, from the start of the file.
+    max_prompts: int = 1024
+    # Held-out prompts. Higher: a steadier figure, and slower evaluations.
+    max_eval_prompts: int = 512
+    # Rows with more num_terms are left out. This and the next two concern rows with such fields.
+    max_terms: int = 3
+    # Rows with more num_digits are left out.
+    max_digits: int = 2
+    # Rows with other operators are left out.
+    operators: str = "+-"
+
+    # ---- sampling
+
+    # Completions of a prompt. Higher: a better baseline, and more sampling.
+    group_size: int = 8
+    # Prompts of a step. Higher: a less noisy gradient, and longer steps.
+    rollouts_per_step: int = 16
+    # Higher: more varied completions. Every log-prob of the loss is taken at this temperature.
+    temperature: float = 1.0
+    # Tokens of prompt and completion together.
+    max_length: int = 512
+    # Tokens of a completion. Higher: fewer are cut off, and sampling takes longer.
+    max_new_tokens: int = 64
+    # Completions sampled at once. Higher: faster, more memory. Changes nothing that is learnt.
+    sample_rows: int = 256
+
+    # ---- the update
+
+    # Stop after this many; 0 only evaluates.
+    max_steps: int | None = None
+    # Passes over the prompts.
+    epochs: int = 1
+    # Passes over a step's completions. Higher: more updates from the same samples, further
+    # off-policy.
+    epochs_per_step: int = 1
+    # Completions of an update. Lower: more updates a step; all but the first are off-policy, and
+    # there the clip matters.
+    train_batch_size: int = 64
+    # Tokens forwarded at once. Higher: faster on a GPU (4096 for real models), more memory. Never
+    # changes the gradient.
+    micro_batch_tokens: int = 1024
+    # adamw8bit keeps its state in 8 bits (bitsandbytes).
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    # For the embedded policy. Real models: 1e-6 in full, 1e-5 with LoRA.
+    lr: float = 5e-5
+    # The gradient is scaled down to this norm. Higher: clipped less often.
+    max_norm: float = 1.0
+    # The ratio is clipped to 1 - clip_eps_low ... Higher: larger moves within a step.
+    clip_eps_low: float = 0.2
+    # ... 1 + clip_eps_high.
+    clip_eps_high: float = 0.2
+    # Of the KL to the policy that training began with. Higher: stays closer. 0 needs no reference.
+    kl_weight: float = 0.01
+    # How tokens are weighed, see token_weights in loss.py.
+    critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"
+    # Reward of the form, where a right answer is worth 1.
+    format_weight: float = 0.1
 
     @property
     def generate_max_length(self) -> int:
@@ -102,48 +201,70 @@ class Prompt:
 
 
 def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out prompts), checked, rendered by the chat template and tokenised."""
+    """(training prompts, held-out prompts), checked, rendered by the chat template, tokenised."""
     rows, eval_rows = read_train_and_eval_rows(config.data_path, config.eval_data_path)
-    rows = [row for row in rows if is_selected(row[1], config)][: config.max_prompts]
+    rows = [(where, row) for where, row in rows if is_selected(row, config)]
+    rows = rows[: config.max_prompts]
+    eval_rows = eval_rows[: config.max_eval_prompts]
     if len(rows) < config.rollouts_per_step or not eval_rows:
         counts = f"{len(rows)} prompts selected, {len(eval_rows)} held out (--eval-data-path)"
-        fail(f"{config.data_path}: {counts}; --rollouts-per-step is {config.rollouts_per_step}")
-    return tuple([make_prompt(*row, config, tokenizer) for row in part] for part in (rows, eval_rows[:512]))
+        needed = f"--rollouts-per-step is {config.rollouts_per_step}"
+        fail(f"{config.data_path}: {counts}; {needed}")
+    prompts = [make_prompt(where, row, config, tokenizer) for where, row in rows]
+    eval_prompts = [make_prompt(where, row, config, tokenizer) for where, row in eval_rows]
+    return prompts, eval_prompts
 
 
 def is_selected(row: dict, config: Config) -> bool:
-    is_small = row.get("num_terms", 0) <= config.max_terms and row.get("num_digits", 0) <= config.max_digits
-    return is_small and set(row.get("operators", "")) <= set(config.operators)
+    return (
+        row.get("num_terms", 0) <= config.max_terms
+        and row.get("num_digits", 0) <= config.max_digits
+        and set(row.get("operators", "")) <= set(config.operators)
+    )
 
 
 def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
+    """The prompt of a row. `where` is its file and line, for error texts."""
     for field in (config.question_field, config.answer_field):
         if not isinstance(row.get(field), (str, int, float)) or not str(row[field]).strip():
-            fail(f"{where}: field {field!r} is missing or empty; --question-field and --answer-field name the fields")
+            flags = "--question-field and --answer-field name the fields"
+            fail(f"{where}: field {field!r} is missing or empty; {flags}")
     answer = str(row[config.answer_field]).split("####")[-1].strip()
     if parse_number(answer) is None:
         fail(f"{where}: field {config.answer_field!r} must be a number, is {answer[:50]!r}")
-    texts = {"system": config.system_prompt, "user": str(row[config.question_field])}
-    messages = [{"role": role, "content": text} for role, text in texts.items()]
-    date = {"date_string": "26 Jul 2024"}  # Llama's template prints today's otherwise, and a run could not be repeated
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **date)
-    ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS, where the model has one
+
+    messages = [
+        {"role": "system", "content": config.system_prompt},
+        {"role": "user", "content": str(row[config.question_field])},
+    ]
+    # Llama's template would print today's date, and a run could not be repeated.
+    date = {"date_string": "26 Jul 2024"}
+    text = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False, **date
+    )
+    # The template has written BOS already, where the model has one.
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) + config.max_new_tokens > config.max_length:
         budget = f"--max-length {config.max_length} - --max-new-tokens {config.max_new_tokens}"
-        fail(f"{where}: the prompt has {len(ids)} tokens, more than {budget}; raise --max-length or shorten the prompt")
+        advice = "raise --max-length or shorten the prompt"
+        fail(f"{where}: the prompt has {len(ids)} tokens, more than {budget}; {advice}")
     return Prompt(ids, answer)
 
 
 def prompts_of_step(prompts: list[Prompt], step: int, config: Config) -> list[Prompt]:
     """The prompts of a step (the first is 1). An epoch's order depends on (seed, epoch) alone."""
-    epoch, position = divmod(step - 1, len(prompts) // config.rollouts_per_step)
-    order = torch.randperm(len(prompts), generator=make_generator("cpu", config.seed, "epoch", epoch))
-    return [prompts[i] for i in order.split(config.rollouts_per_step)[position]]
+    steps_per_epoch = len(prompts) // config.rollouts_per_step
+    epoch, position = divmod(step - 1, steps_per_epoch)
+    generator = make_generator("cpu", config.seed, "epoch", epoch)
+    order = torch.randperm(len(prompts), generator=generator)
+    first = position * config.rollouts_per_step
+    return [prompts[i] for i in order[first : first + config.rollouts_per_step]]
 
 
 def make_generator(device, *key) -> torch.Generator:
-    """Random numbers that depend on the key alone, so that a resumed run draws what the uninterrupted one would."""
-    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+    """Random numbers that depend on the key alone: a resumed run draws the same ones."""
+    seed = random.Random(repr(key)).getrandbits(63)
+    return torch.Generator(device).manual_seed(seed)
 
 
 # ---------------------------------------------------------------- reward
@@ -152,23 +273,32 @@ FORM = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The value of a text that is a number and nothing else: " $1,234.50." is 1234.5, "12 apples" is None."""
+    """The value of a text that is a number and nothing else.
+
+    " $1,234.50." is 1234.5; "12 apples" is None.
+    """
     text = text.strip().removesuffix(".").replace("\N{MINUS SIGN}", "-")
     sign = "-" if text.startswith("-") else ""
     text = text.removeprefix("-").strip().removeprefix("$").strip()
-    return Decimal(sign + text.replace(",", "")) if len(text) <= 50 and re.fullmatch(NUMBER, text) else None
+    if len(text) > 50 or not re.fullmatch(NUMBER, text):
+        return None
+    return Decimal(sign + text.replace(",", ""))
 
 
 def accuracy_reward(completion: str, answer: str) -> float:
     """1 where the text of the completion's last <answer> ... </answer> is the right number."""
-    given, closed, _ = completion.rpartition("<answer>")[2].partition("</answer>")
-    return float("<answer>" in completion and closed != "" and parse_number(given) == parse_number(answer))
+    _, opened, rest = completion.rpartition("<answer>")
+    given, closed, _ = rest.partition("</answer>")
+    is_right = opened and closed and parse_number(given) == parse_number(answer)
+    return 1.0 if is_right else 0.0
 
 
 def format_reward(completion: str) -> float:
-    """1 where the completion is <think> ... </think> <answer> ... </answer>, each tag once and nothing around them."""
-    once = all(completion.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    return float(once and re.fullmatch(FORM, completion, re.DOTALL) is not None)
+    """1 where the completion is <think> ... </think> <answer> ... </answer> and nothing else."""
+    for tag in ("<think>", "</think>", "<answer>", "</answer>"):
+        if completion.count(tag) != 1:
+            return 0.0
+    return 1.0 if re.fullmatch(FORM, completion, re.DOTALL) else 0.0
 
 
 def is_lenient_match(completion: str, answer: str) -> bool:
@@ -178,73 +308,41 @@ def is_lenient_match(completion: str, answer: str) -> bool:
 
 
 def reward(experience: Experience, config: Config) -> dict[str, torch.Tensor]:
-    """The parts of the reward, (group_size,) each; it is their sum."""
-    accuracy = torch.tensor([accuracy_reward(text, experience.answer) for text in experience.completions])
-    form = torch.tensor([format_reward(text) for text in experience.completions])
-    return {"reward_accuracy": accuracy, "reward_format": config.format_weight * form}
+    """The parts of the reward, (group_size,) each; the reward is their sum."""
+    accuracy = []
+    form = []
+    for completion in experience.completions:
+        accuracy.append(accuracy_reward(completion, experience.answer))
+        form.append(format_reward(completion))
+    return {
+        "reward_accuracy": torch.tensor(accuracy),
+        "reward_format": config.format_weight * torch.tensor(form),
+    }
 
 
 # ---------------------------------------------------------------- sampling
-@torch.inference_mode()
-def sample(policy, tokenizer, prompts: list[list[int]], copies: int, config: Config, generator=None):
-    """Sample `copies` completions of every prompt, or greedily one where there is no generator.
-
-    A plain softmax at `temperature`, whatever top_k, top_p or penalty the checkpoint's generation config asks for: the
-    loss takes the log-probs of this distribution. A prompt's completions are one row of the KV cache while they agree.
-    Finished ones leave. Returns their ids (through the end token) and log-probs, (tokens,) each, prompt 0's first.
-    """
-    device, width = policy.device, max(map(len, prompts))
-    ends = torch.tensor(end_token_ids(policy, tokenizer), device=device)
-    input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)  # padded on the left
-    lengths = torch.tensor([len(ids) for ids in prompts], device=device)  # (prompts,)
-    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # from lengths, never from ids
-    prefix = torch.arange(len(prompts), device=device).repeat_interleave(copies)  # (completions,) its row in the cache
-    ids = torch.zeros(len(prefix), config.max_new_tokens, dtype=torch.long, device=device)  # (completions, new tokens)
-    log_probs = torch.zeros(ids.shape, device=device)  # (completions, new tokens)
-    counts = torch.zeros_like(prefix)  # (completions,) tokens so far
-    alive = torch.arange(len(prefix), device=device)  # the completions that still grow; `prefix` is kept for them
-    with autocast(config, device, sampling=True):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (prompts, width)
-        output = policy(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        cache, logits, vocabulary = output.past_key_values, output.logits, output.logits.shape[-1]
-        for t in range(config.max_new_tokens):
-            next_log_probs = (logits[:, -1].float() / config.temperature).log_softmax(-1)[prefix]  # (alive, vocabulary)
-            if generator is None:
-                tokens = next_log_probs.argmax(-1)  # (alive,)
-            else:
-                tokens = torch.multinomial(next_log_probs.exp(), 1, generator=generator)[:, 0]  # (alive,)
-            ids[alive, t], log_probs[alive, t] = tokens, next_log_probs.gather(1, tokens[:, None])[:, 0]
-            counts[alive] += 1
-            going = ~torch.isin(tokens, ends)
-            alive, tokens, prefix = alive[going], tokens[going], prefix[going]
-            if len(alive) == 0 or t + 1 == config.max_new_tokens:
-                break
-            longer, prefix = torch.unique(prefix * vocabulary + tokens, return_inverse=True)  # (rows,), (alive,)
-            parents, tokens = longer // vocabulary, longer % vocabulary  # (rows,) the old row, and what it goes on with
-            if not torch.equal(parents, torch.arange(len(mask), device=device)):
-                mask, lengths = mask[parents], lengths[parents]
-                cache.reorder_cache(parents)
-            mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), lengths[:, None] + t
-            logits = policy(tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
-    return tuple([row[:n] for row, n in zip(rows.cpu(), counts.tolist())] for rows in (ids, log_probs))
-
-
 @out_of_memory_names("sample_rows")
-def rollout(policy, tokenizer, prompts: list[Prompt], group_size: int, config: Config, generator=None):
-    """An Experience of `group_size` completions for every prompt; greedy without a generator."""
+def rollout(
+    policy, tokenizer, prompts: list[Prompt], group_size: int, config: Config, generator=None
+) -> list[Experience]:
+    """A group of `group_size` completions for every prompt; greedy without a generator."""
     policy.eval()
-    experiences, ends = [], end_token_ids(policy, tokenizer)
+    eos_ids = find_eos_ids(policy, tokenizer)
     prompts_at_once = max(1, config.sample_rows // group_size)
-    for chunk in (prompts[i : i + prompts_at_once] for i in range(0, len(prompts), prompts_at_once)):
-        ids, log_probs = sample(policy, tokenizer, [p.ids for p in chunk], group_size, config, generator)
-        for j, prompt in enumerate(chunk):
-            group = slice(j * group_size, (j + 1) * group_size)
+    experiences = []
+    for start in range(0, len(prompts), prompts_at_once):
+        chunk = prompts[start : start + prompts_at_once]
+        histories = [prompt.ids for prompt in chunk for _ in range(group_size)]
+        ids, log_probs = sample(policy, histories, eos_ids, config, generator)
+        for i, prompt in enumerate(chunk):
+            group = slice(i * group_size, (i + 1) * group_size)
+            truncated = [float(row[-1].item() not in eos_ids) for row in ids[group]]
             experience = Experience(
                 prompt_ids=torch.tensor(prompt.ids),
                 completion_ids=ids[group],
-                masks=[torch.ones_like(row) for row in ids[group]],
+                completion_masks=[torch.ones_like(row) for row in ids[group]],  # all sampled
                 sampled_log_probs=log_probs[group],
-                truncated=torch.tensor([float(row[-1].item() not in ends) for row in ids[group]]),
+                truncated=torch.tensor(truncated),
                 completions=tokenizer.batch_decode(ids[group], skip_special_tokens=True),
                 answer=prompt.answer,
             )
@@ -254,9 +352,10 @@ def rollout(policy, tokenizer, prompts: list[Prompt], group_size: int, config: C
 
 # ---------------------------------------------------------------- advantages
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """(r - mean) / (std + 1e-4) over a group, (group_size,), std with n - 1 (2402.03300, section 4.1.2).
+    """(r - mean) / (std + 1e-4) over a group, std with n - 1 (2402.03300, section 4.1.2).
 
-    Exactly 0 where all rewards are equal: there rounding would make an advantage of its own.
+    (group_size,) in and out. Exactly 0 where all rewards are equal: there, rounding would make an
+    advantage of its own.
     """
     if (rewards == rewards[0]).all():
         return torch.zeros_like(rewards)
@@ -265,120 +364,124 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------- log-probs
 def sequences_log_probs(model, batch: MicroBatch, config: Config) -> torch.Tensor:
-    """Log-probs of a micro-batch's sampled tokens under `model`, (sampled tokens,), in at least float32.
+    """Log-probs of a micro-batch's sampled tokens under `model`, (sampled,), at least float32.
 
-    The hidden states that predict them are picked before the output head, and the head runs in chunks that the backward
-    pass computes again, so that one chunk of logits is in memory at a time.
+    It equals these lines, for every completion alone, with less work and less memory:
+
+        logits = model(prompt_ids + completion_ids) / temperature    # (tokens, vocabulary)
+        logits = logits[len(prompt_ids) - 1 : -1]                    # logits[t] predicts t + 1
+        log_probs = log_softmax(logits)                              # (completion, vocabulary)
+        return log_probs.gather(completion_ids)                      # (completion,)
+
+    Less work: a row holds a group, packed. Less memory: only hidden states that predict a sampled
+    token go through the output head, in chunks that the backward pass computes again.
     """
     base = unwrap(model)
     with autocast(config, model.device):
         dtype = base.dtype if config.precision == "float32" else getattr(torch, config.precision)
-        mask, positions = batch.attention_mask(dtype), batch.position_ids
-        output = base.get_decoder()(batch.input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, batch.predicted_from)  # (sampled, hidden size)
-        chunk = max(1, 2**26 // base.config.get_text_config().vocab_size)  # 256 MB of float32 logits
-        log_probs = [
-            checkpoint(token_log_probs, base, states, targets, config.temperature, use_reentrant=False)
-            for states, targets in zip(hidden.split(chunk), batch.targets.split(chunk))
-        ]
+        decoder = base.get_decoder()
+        output = decoder(
+            batch.input_ids,  # (rows, tokens)
+            attention_mask=batch.attention_mask(dtype),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        hidden = output.last_hidden_state.flatten(0, 1)  # (rows * tokens, hidden size)
+        # index_select: its gradient repeats bit for bit on many threads, that of hidden[...] not.
+        hidden = hidden.index_select(0, batch.predicted_from)  # (sampled, hidden size)
+        chunk = max(1, 2**26 // base.config.get_text_config().vocab_size)  # 256 MB of logits
+        log_probs = []
+        for states, targets in zip(hidden.split(chunk), batch.targets.split(chunk)):
+            log_probs.append(
+                checkpoint(
+                    token_log_probs, base, states, targets, config.temperature, use_reentrant=False
+                )
+            )
     return torch.cat(log_probs)
 
 
-def token_log_probs(base, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature) at the targets, (tokens,), as gather - logsumexp."""
+def token_log_probs(base, hidden, targets, temperature: float) -> torch.Tensor:
+    """log_softmax(logits / temperature) at the targets, (tokens,). hidden: (tokens, hidden size)"""
     logits = base.get_output_embeddings()(hidden)  # (tokens, vocabulary)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-    logits = (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)  # Gemma
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    logits = logits / temperature
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 @torch.no_grad()
-def remember_log_probs(policy, reference, batches: list[list[MicroBatch]], config: Config) -> None:
-    """Fill in the log-probs of the old policy and of the reference.
+def add_old_and_reference_log_probs(
+    policy, reference, batches: list[list[MicroBatch]], config: Config
+) -> None:
+    """Fill in what the loss compares the policy with.
 
-    The first batch's old ones are those of its own training forward, which comes before any update. Later batches'
-    are the sampler's in float32, where the two differ by rounding alone (`max_log_prob_gap`), else computed again.
+    The first batch is trained on before any update. Its old log-probs are its own forward,
+    detached, so they are left to the loss, where the ratio is then exactly 1. For later batches
+    the sampler's serve in float32, where both differ by rounding alone (`max_log_prob_gap`).
+    In half precision they are computed again.
     """
     policy.eval()
-    for micro_batch in sum(batches[1:], []):
-        micro_batch.old_log_probs = micro_batch.sampled_log_probs
-        if config.precision != "float32":
-            micro_batch.old_log_probs = sequences_log_probs(policy, micro_batch, config)
+    for batch in batches[1:]:
+        for micro_batch in batch:
+            if config.precision == "float32":
+                micro_batch.old_log_probs = micro_batch.sampled_log_probs
+            else:
+                micro_batch.old_log_probs = sequences_log_probs(policy, micro_batch, config)
     if config.kl_weight:
         with as_reference(policy, reference) as model:
-            for micro_batch in sum(batches, []):
-                micro_batch.reference_log_probs = sequences_log_probs(model, micro_batch, config)
+            for batch in batches:
+                for micro_batch in batch:
+                    log_probs = sequences_log_probs(model, micro_batch, config)
+                    micro_batch.reference_log_probs = log_probs
 
 
 # ---------------------------------------------------------------- evaluation
 def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config) -> dict[str, float]:
     """Greedy accuracy on the held-out prompts: as it is rewarded, and by the last number alone."""
-    completions = [(e.completions[0], e.answer) for e in rollout(policy, tokenizer, prompts, 1, config)]
-    accuracy = sum(accuracy_reward(*pair) for pair in completions) / len(completions)
-    lenient = sum(is_lenient_match(*pair) for pair in completions) / len(completions)
-    return {"eval_accuracy": accuracy, "eval_accuracy_lenient": lenient, "eval_count": len(completions)}
-
-
-def rollout_metrics(experiences: list[Experience]) -> dict[str, float | None]:
-    """What a step's completions say about the policy, each a mean over completions if not said otherwise."""
-    rewards = torch.stack([e.rewards for e in experiences])  # (groups, group_size)
-    parts = {name: torch.cat([e.reward_parts[name] for e in experiences]) for name in experiences[0].reward_parts}
-    lengths = torch.tensor([float(mask.sum()) for e in experiences for mask in e.masks])  # (completions,)
-    correct = parts["reward_accuracy"]
+    right = 0
+    right_leniently = 0
+    for experience in rollout(policy, tokenizer, prompts, 1, config):
+        completion = experience.completions[0]
+        right += accuracy_reward(completion, experience.answer)
+        right_leniently += is_lenient_match(completion, experience.answer)
     return {
-        "reward": rewards.mean().item(),
-        **{name: part.mean().item() for name, part in parts.items()},
-        "reward_std": rewards.std(dim=1).mean().item(),  # within groups
-        "zero_std_fraction": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),  # of groups
-        "entropy": -torch.cat([row for e in experiences for row in e.sampled_log_probs]).mean().item(),  # over tokens
-        "completion_length": lengths.mean().item(),
-        "completion_length_correct": masked_mean(lengths, correct).item() if correct.any() else None,
-        "completion_length_wrong": masked_mean(lengths, 1 - correct).item() if not correct.all() else None,
-        "truncated_fraction": torch.cat([e.truncated for e in experiences]).mean().item(),
+        "eval_accuracy": right / len(prompts),
+        "eval_accuracy_lenient": right_leniently / len(prompts),
+        "eval_count": len(prompts),
     }
-
-
-def show_completion(experience: Experience, tokenizer) -> str:
-    """The first completion of a group, with its prompt and all special tokens, and what it earned."""
-    text = tokenizer.decode(torch.cat([experience.prompt_ids, experience.completion_ids[0]]))
-    earned = f"reward {experience.rewards[0]:.2f}, advantage {experience.advantages[0]:+.2f}"
-    return f"{text}\n[right answer: {experience.answer}, {earned}]"
 
 
 # ---------------------------------------------------------------- main
 def main(config: Config) -> None:
     check_config(config)
     config, device = resolve(config)
-    print("\n".join(f"{name}: {value}" for name, value in asdict(config).items()))
+    for name, value in asdict(config).items():
+        print(f"{name}: {value}")
     tokenizer = load_tokenizer(config.model_name)
     prompts, eval_prompts = read_prompts(config, tokenizer)
-    checkpoint_dir, state = find_checkpoint(config, EXPERIMENT) if config.resume else (None, {"step": 0})
-    run = Run(config, EXPERIMENT, checkpoint_dir)
-    policy, reference = load_model(config, device, checkpoint_dir)
+    run = Run(config, EXPERIMENT)
+    policy, reference = load_model(config, device, run.last_checkpoint)
     evaluation = evaluate(policy, tokenizer, eval_prompts, config)
     print("held out:", evaluation)
     if config.max_steps == 0:
         return
 
-    run.open(config)
-    optimizer = make_optimizer(policy, config, state.get("optimizer"))
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-    if config.resume:
-        scaler.load_state_dict(state["scaler"])
-    else:
-        run.log(0, evaluation)
-    before = state.get("before", evaluation)
+    run.open(config, evaluation)
+    optimizer = make_optimizer(policy, config, run.state.get("optimizer"))
+    scaler = make_scaler(config, device, run.state.get("scaler"))
     objective = GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
-    replay_buffer = ReplayBuffer()
-    packed = can_pack(unwrap(policy).config, config.max_length)
+    replay_buffer = ReplayBuffer(packed=can_pack(unwrap(policy).config, config.max_length))
     steps_per_epoch = len(prompts) // config.rollouts_per_step
-    last_step = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
-    start, skipped_in_a_row = time.time() - state.get("elapsed_seconds", 0), 0
-    bar = tqdm(range(state["step"] + 1, last_step + 1), initial=state["step"], total=last_step)
-    for step in bar:
+    last_step = config.epochs * steps_per_epoch
+    if config.max_steps is not None:
+        last_step = min(last_step, config.max_steps)
+
+    for step in run.steps(last_step):
         # 1. Sample a group of completions for every prompt.
-        step_start, step_prompts = time.time(), prompts_of_step(prompts, step, config)
+        step_start = time.time()
+        step_prompts = prompts_of_step(prompts, step, config)
         generator = make_generator(device, config.seed, "sample", step)
         experiences = rollout(policy, tokenizer, step_prompts, config.group_size, config, generator)
         sampling_end = time.time()
@@ -388,62 +491,53 @@ def main(config: Config) -> None:
             experience.reward_parts = reward(experience, config)
             experience.rewards = sum(experience.reward_parts.values())  # (group_size,)
             experience.advantages = group_advantages(experience.rewards)  # (group_size,)
+        run.watch(step, experiences, tokenizer)
 
-        # 3. Cut the groups into batches; take the old policy's and the reference's log-probs of them.
+        # 3. Cut the groups into batches; add the old policy's and the reference's log-probs.
         replay_buffer.extend(experiences)
-        batches = replay_buffer.batches(config, packed, make_generator("cpu", config.seed, "batches", step))
+        generator = make_generator("cpu", config.seed, "batches", step)
+        batches = replay_buffer.batches(config, generator)
         batches = [[micro_batch.to(device) for micro_batch in batch] for batch in batches]
-        sums, grad_norms = [], []
         with out_of_memory_names("micro_batch_tokens"):
-            remember_log_probs(policy, reference, batches, config)
+            add_old_and_reference_log_probs(policy, reference, batches, config)
 
-            # 4. Update the policy, once for every batch. A batch is empty where no group of it needs a forward.
+            # 4. Update the policy, once for every batch.
             policy.train()
-            for batch in filter(None, batches * config.epochs_per_step):
+            grad_norms = []
+            for batch in batches * config.epochs_per_step:
+                if not batch:
+                    continue  # no group of it has anything to teach
                 for micro_batch in batch:
-                    log_probs = sequences_log_probs(policy, micro_batch, config)  # (sampled tokens,)
-                    if micro_batch.old_log_probs is None:
-                        micro_batch.old_log_probs = log_probs.detach()
-                    loss, token_sums = objective(log_probs, micro_batch)
-                    scaler.scale(loss).backward()
-                    sums.append(token_sums)
-                scaler.unscale_(optimizer)
-                grad_norms.append(clip_grad_norm_(policy.parameters(), config.max_norm).item())
-                skipped_in_a_row = 0 if math.isfinite(grad_norms[-1]) else skipped_in_a_row + 1
-                if skipped_in_a_row == 0:
-                    scaler.step(optimizer)
-                elif skipped_in_a_row == MAX_SKIPPED:
-                    fail(f"no finite gradient in {MAX_SKIPPED} updates; last good policy: {run.last_checkpoint}")
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                    log_probs = sequences_log_probs(policy, micro_batch, config)  # (sampled,)
+                    loss = objective(log_probs, micro_batch)
+                    scaler.scale(loss).backward()  # gradients of micro-batches add up
+                grad_norms.append(optimizer_step(policy, optimizer, scaler, config))
+        run.check_updates(grad_norms)
         replay_buffer.clear()
 
         # 5. Log, evaluate, save.
-        elapsed, num_sampled = time.time() - start, sum(mask.sum().item() for e in experiences for mask in e.masks)
         metrics = {
-            "elapsed_seconds": elapsed,
+            "elapsed_seconds": run.elapsed_seconds(),
             **rollout_metrics(experiences),
-            **loss_metrics(sums, grad_norms),
-            "grad_clip_fraction": sum(norm > config.max_norm for norm in grad_norms) / max(len(grad_norms), 1),
+            **loss_metrics(objective.token_sums, grad_norms, config.max_norm),
+            **speed_metrics(experiences, objective.token_sums, step_start, sampling_end),
             "lr": config.lr,
-            "sample_tokens_per_second": num_sampled / (sampling_end - step_start),
-            "train_tokens_per_second": sum(part["tokens"].item() for part in sums) / (time.time() - sampling_end),
             "peak_memory": peak_memory(device),
         }
-        last = step == last_step or run.stop_requested
-        if last or step % config.eval_interval == 0:
-            evaluation = evaluate(policy, tokenizer, eval_prompts, config)
-            metrics |= evaluation
-        bar.set_postfix(reward=metrics["reward"], length=metrics["completion_length"], eval=evaluation["eval_accuracy"])
-        shown = show_completion(experiences[0], tokenizer) if step % config.log_completions_interval == 0 else None
+        objective.token_sums.clear()
+        is_last = step == last_step or run.stop_requested
+        if is_last or step % config.eval_interval == 0:
+            metrics |= evaluate(policy, tokenizer, eval_prompts, config)
+        shown = None
+        if step % config.log_completions_interval == 0:
+            shown = show_completion(experiences[0], tokenizer)
         run.log(step, metrics, shown)
-        if last or step % config.checkpoint_interval == 0:
-            trainer = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "before": before}
-            cursor = step % steps_per_epoch * config.rollouts_per_step
-            run.save(step, policy, tokenizer, trainer | {"elapsed_seconds": elapsed, "prompt_cursor": cursor})
-        if last:
+        if is_last or step % config.checkpoint_interval == 0:
+            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            run.save(step, policy, tokenizer, state)
+        if is_last:
             break
-    run.close(before, evaluation, time.time() - start)
+    run.close()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,24 @@
-"""The GRPO objective, written as one weighted sum over the sampled tokens of an optimizer batch.
+"""The GRPO objective (2402.03300, equations 3 and 4), as one weighted sum over sampled tokens.
 
-The weights are computed once, over the whole batch, so the losses of its micro-batches add up: how it is cut for memory
-never changes the gradient. GRPO, Dr. GRPO and DAPO differ by the denominator in `token_weights`.
+The paper maximises, over groups of G completions o_1 ... o_G of a prompt q,
+
+    1/G sum_i 1/|o_i| sum_t { min[ r_it A_it, clip(r_it, 1 - eps, 1 + eps) A_it ] - beta KL_it }
+
+        r_it  = pi(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t)
+        KL_it = pi_ref / pi - log(pi_ref / pi) - 1
+
+    paper              here
+    o_i, |o_i|         a completion, the number of its sampled tokens
+    log pi             log_probs: of the policy, with gradient
+    log pi_old         old_log_probs: of the policy before this step's first update
+    log pi_ref         reference_log_probs: of the policy that training began with
+    A_it               advantages: one number for a completion, repeated for each of its tokens
+    eps                clip_eps_low, clip_eps_high
+    beta               kl_weight
+    1/G 1/|o_i|        weights, see `token_weights`
+
+A loss is minimised, so the sign is turned. The weights are computed once, over a whole optimizer
+batch. So the losses of its micro-batches add up, and how it is cut never changes the gradient.
 """
 
 import math
@@ -9,92 +26,136 @@ import math
 import torch
 from torch import Tensor, nn
 
-MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside any ratio that training should meet, far inside float32
-
-
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `values` where `mask` is 1, over `dim` or over everything; 0 where nothing is marked."""
-    return (values * mask).sum(dim) / mask.sum(dim).clamp(min=1)
+MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside any ratio in training, far inside float32
 
 
 def log_ratio(log_probs: Tensor, other: Tensor) -> Tensor:
-    """log_probs - other in at least float32, bounded to +-20, so that its exponential is finite."""
+    """log_probs - other, in at least float32, bounded to +-20 so that its exponential is finite."""
     dtype = torch.promote_types(log_probs.dtype, torch.float32)
-    return (log_probs.to(dtype) - other.to(dtype)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    difference = log_probs.to(dtype) - other.to(dtype)
+    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def approx_kl_divergence(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) for each token: exp(x) - x - 1 with x = log(reference / policy).
+    """The k3 estimate of KL(pi || pi_ref) for each token: exp(x) - x - 1, x = log(pi_ref / pi).
 
-    Unbiased for tokens sampled from the policy, and never negative (Schulman 2020, joschu.net/blog/kl-approx.html).
-    Beyond the bound on x it is flat; a bound inside the exponent alone would turn the sign of the gradient there.
+    Unbiased for tokens sampled from pi, and never negative (Schulman 2020,
+    joschu.net/blog/kl-approx.html). Beyond the bound on x it is flat. A bound inside the
+    exponent alone would turn the sign of the gradient there.
     """
     x = log_ratio(reference_log_probs, log_probs)
     return x.exp() - x - 1
 
 
-def token_weights(masks: list[Tensor], critic_type: str, generate_max_length: int) -> list[Tensor]:
+def token_weights(
+    completion_masks: list[Tensor], critic_type: str, generate_max_length: int
+) -> list[Tensor]:
     """The weight of every token of an optimizer batch, completion by completion.
 
-    masks: per completion (tokens,), 1 = sampled by the policy, 0 = given to it; all completions of the batch,
-    also those that are not forwarded because their advantage is zero. `generate_max_length` is the most tokens that
-    a completion may sample, fixed for a run. With n completions, the one at hand of `length` sampled tokens:
+    completion_masks: for each completion (tokens,), 1 = sampled by the policy, 0 = given to it.
+        All completions of the batch, also those whose advantage is zero.
+    generate_max_length: the most tokens that a completion may sample, fixed for a run.
 
-        grpo     1 / (length * n)                 a mean over each completion, then over completions (2402.03300)
-        drgrpo   1 / (generate_max_length * n)    the same constant for every token (2503.20783)
-        dapo     1 / (all sampled tokens)         a mean over all tokens (2503.14476)
+    With n completions in the batch, and `length` the sampled tokens of one of them:
+
+                the formula's nested means                          the weight of each token
+        grpo    mean over completions (mean over its tokens)        1 / (n * length)
+        drgrpo  mean over completions (sum / generate_max_length)   1 / (n * generate_max_length)
+        dapo    mean over all tokens of the batch                   1 / (all sampled tokens)
+
+    (2402.03300; 2503.20783; 2503.14476)
     """
-    lengths = [mask.sum().item() for mask in masks]
-    denominators = {
-        "grpo": [max(length, 1) * len(masks) for length in lengths],
-        "drgrpo": [generate_max_length * len(masks)] * len(masks),
-        "dapo": [max(sum(lengths), 1)] * len(masks),
-    }[critic_type]
-    return [mask / denominator for mask, denominator in zip(masks, denominators)]
+    n = len(completion_masks)
+    lengths = [mask.sum().item() for mask in completion_masks]
+    if critic_type == "grpo":
+        denominators = [n * max(length, 1) for length in lengths]
+    elif critic_type == "drgrpo":
+        denominators = [n * generate_max_length] * n
+    elif critic_type == "dapo":
+        denominators = [max(sum(lengths), 1)] * n
+    else:
+        raise ValueError(f"critic_type must be grpo, drgrpo or dapo, is {critic_type!r}")
+    return [mask / denominator for mask, denominator in zip(completion_masks, denominators)]
 
 
 class GRPOLoss(nn.Module):
     """Clipped surrogate with a KL penalty, summed over tokens t with their weights w:
 
-        sum_t w_t * ( -min(r_t A_t, clip(r_t, 1 - clip_eps_low, 1 + clip_eps_high) A_t) + kl_weight * k3_t )
+        sum_t w_t * ( -min(r_t A_t, clip(r_t, 1 - clip_eps_low, 1 + clip_eps_high) A_t)
+                      + kl_weight * KL_t )
 
-    where r_t = policy / old policy (equation 3 of 2402.03300; two clip bounds as in 2503.14476).
+    (two clip bounds as in 2503.14476; with equal ones it is 2402.03300)
     """
 
     def __init__(self, clip_eps_low: float, clip_eps_high: float, kl_weight: float) -> None:
         super().__init__()
-        self.clip_eps_low, self.clip_eps_high, self.kl_weight = clip_eps_low, clip_eps_high, kl_weight
+        self.clip_eps_low = clip_eps_low
+        self.clip_eps_high = clip_eps_high
+        self.kl_weight = kl_weight
+        self.token_sums: list[dict[str, Tensor]] = []  # of each call, for `loss_metrics`
 
-    def forward(self, log_probs: Tensor, batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, a scalar, and sums over tokens for `loss_metrics`. log_probs, and of a MicroBatch old_log_probs,
-        reference_log_probs (not read where kl_weight is 0), advantages and weights: (sampled tokens,)."""
+    def forward(self, log_probs: Tensor, batch) -> Tensor:
+        """The loss of a MicroBatch, a scalar. log_probs: (sampled tokens,), of the policy.
+
+        Every field of the batch that is read is (sampled tokens,) too; reference_log_probs is
+        not read where kl_weight is 0.
+        """
+        if batch.old_log_probs is None:
+            # No update came before this batch, so the old policy is the present one: every
+            # ratio is exactly 1. The gradient is not 0, since only the other side is detached.
+            batch.old_log_probs = log_probs.detach()
+
         ratio = log_ratio(log_probs, batch.old_log_probs).exp()
         clipped_ratio = ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high)
-        surrogate, clipped_surrogate = ratio * batch.advantages, clipped_ratio * batch.advantages
+        surrogate = ratio * batch.advantages
+        clipped_surrogate = clipped_ratio * batch.advantages
         token_loss = -torch.min(surrogate, clipped_surrogate)
-        sums = {"tokens": torch.tensor(ratio.numel()), "clipped": (clipped_surrogate < surrogate).sum()}
-        sums |= {"ratio": ratio.sum(), "ratio_squared": ratio.square().sum()}
+
+        kl = None
         if self.kl_weight:
             kl = approx_kl_divergence(log_probs, batch.reference_log_probs)
-            token_loss, sums["kl"] = token_loss + self.kl_weight * kl, kl.sum()
-        loss = sums["loss"] = (batch.weights * token_loss).sum()
-        sums["gap"] = (batch.old_log_probs - batch.sampled_log_probs).abs().max()
-        return loss, {name: value.detach() for name, value in sums.items()}
+            token_loss = token_loss + self.kl_weight * kl
+
+        loss = (batch.weights * token_loss).sum()
+        self.remember(loss, ratio, clipped_surrogate < surrogate, kl, batch)
+        return loss
+
+    @torch.no_grad()
+    def remember(self, loss, ratio, clipped, kl, batch) -> None:
+        """Note what the log needs: sums over tokens, which add up over micro-batches."""
+        sums = {
+            "loss": loss.detach(),
+            "tokens": torch.tensor(ratio.numel()),
+            "clipped": clipped.sum(),
+            "ratio": ratio.detach().sum(),
+            "ratio_squared": ratio.detach().square().sum(),
+            "gap": (batch.old_log_probs - batch.sampled_log_probs).abs().max(),
+        }
+        if kl is not None:
+            sums["kl"] = kl.detach().sum()
+        self.token_sums.append(sums)
 
 
-def loss_metrics(sums: list[dict[str, Tensor]], grad_norms: list[float]) -> dict[str, float | None]:
-    """Figures of a step from GRPOLoss's sums: means over tokens; loss and gradient norm are means over updates."""
+def loss_metrics(
+    token_sums: list[dict[str, Tensor]], grad_norms: list[float], max_norm: float = math.inf
+) -> dict[str, float | None]:
+    """Figures of a step: means over tokens; of loss and gradient norm over updates."""
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
+    of_updates = {
+        "skipped_updates": len(grad_norms) - len(finite),
+        "grad_clip_fraction": sum(n > max_norm for n in grad_norms) / max(len(grad_norms), 1),
+    }
     if not finite:
-        figures = dict.fromkeys(("loss", "grad_norm", "kl", "clip_fraction", "ess", "max_log_prob_gap"))
-        return {**figures, "skipped_updates": len(grad_norms)}
-    total = {name: sum(part[name].item() for part in sums) for name in sums[0]}
+        names = ("loss", "grad_norm", "kl", "clip_fraction", "ess", "max_log_prob_gap")
+        return {**dict.fromkeys(names), **of_updates}
+    total = {name: sum(part[name].item() for part in token_sums) for name in token_sums[0]}
     return {
         "loss": total["loss"] / len(grad_norms),
         "grad_norm": sum(finite) / len(finite),  # before it is scaled down to max_norm
         "kl": total["kl"] / total["tokens"] if "kl" in total else None,
         "clip_fraction": total["clipped"] / total["tokens"],
         "ess": total["ratio"] ** 2 / (total["tokens"] * total["ratio_squared"]),
-        "max_log_prob_gap": max(part["gap"].item() for part in sums),  # sampled against recomputed
-        "skipped_updates": len(grad_norms) - len(finite),
+        # sampled against recomputed: rounding alone, or a bug in masks or positions
+        "max_log_prob_gap": max(part["gap"].item() for part in token_sums),
+        **of_updates,
     }

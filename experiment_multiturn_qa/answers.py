@@ -6,7 +6,8 @@ from collections import Counter
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces, as in the evaluation script of SQuAD (1606.05250)."""
+    """Lower case, no punctuation, no articles, single spaces,
+    as in the evaluation script of SQuAD (1606.05250)."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -17,9 +18,11 @@ def exact_match(given: str | None, golds: list[str]) -> float:
 
 
 def f1_score(given: str | None, golds: list[str]) -> float:
-    """2 PR / (P + R) of the words that the given answer and a gold share, both normalised; of several golds the best.
+    """2 PR / (P + R) of the words that the given answer and a gold share, both normalised;
+    of several golds the best.
 
-    A yes or no is right or wrong as a whole, as in HotpotQA (1809.09600): "yes and no" shares a word with either.
+    A yes or no is right or wrong as a whole, as in HotpotQA (1809.09600):
+    "yes and no" shares a word with either.
     """
     best, given = exact_match(given, golds), normalize_answer(given or "")
     for gold in map(normalize_answer, golds):

@@ -1,7 +1,9 @@
-"""The tool: full-text search over a corpus, SQLite FTS5 ranked by bm25, and what the model is told of it.
+"""The tool: full-text search over a corpus, SQLite FTS5 ranked by bm25,
+and what the model is told of it.
 
-The index is a file beside the corpus, built once and again when the corpus has changed, opened read-only for queries.
-A query is text as people and models write it: nothing in it is syntax, and none raises.
+The index is a file beside the corpus, built once and again when the corpus has changed, opened
+read-only for queries. A query is text as people and models write it: nothing in it is syntax, and
+none raises.
 """
 
 import glob
@@ -22,8 +24,10 @@ from run import fail
 
 NOTHING = "No passage found."  # the result where no term of a query occurs
 COMMON = 0.05  # terms in more than this fraction of the passages are dropped from queries ...
-COMMON_PASSAGES = 5  # ... and in more than this many, or a corpus of ten passages would drop every term that it has
-FREQUENT = 100  # terms in more passages are counted when the index is built, the others when they are asked for
+# ... and in more than this many, or a corpus of ten passages would drop every term that it has
+COMMON_PASSAGES = 5
+# terms in more passages are counted when the index is built, the others when they are asked for
+FREQUENT = 100
 MAX_CHARACTERS = 1000  # of a query; the rest is not looked at
 MAX_TERMS = 32  # of a query
 MAX_POSTINGS = 5_000  # that a query reads, its rarest terms first; its time is linear in them
@@ -37,22 +41,24 @@ CREATE VIRTUAL TABLE vocabulary USING fts5vocab(words, 'row');
 CREATE TABLE frequent(term TEXT PRIMARY KEY, passages INTEGER) WITHOUT ROWID;
 CREATE TABLE corpus(digest TEXT, passages INTEGER);
 """
-# One character is a term in scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, kana, Chinese
+# One character is a term in scripts that put no spaces between words: Thai, Lao, Burmese,
+# Khmer, kana, Chinese
 NO_SPACES = (
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\uff66-\uff9f\U00020000-\U0003ffff]"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 RUN_OR_WORD = re.compile(rf"{NO_SPACES}+|(?:(?!{NO_SPACES})\w)+")
 
 
 def split_characters(text: str) -> str:
-    """The text with a space around each character of a script without spaces. For the index and for queries."""
+    """The text with a space around each character of a script without spaces.
+    For the index and for queries."""
     return re.sub(NO_SPACES, r" \g<0> ", text)
 
 
 def query_terms(query: str) -> list[str]:
-    """The different words of a query, and of each run in a script without spaces the pairs of neighbours, as the words
-    of a phrase: a single character stands in half of the passages."""
+    """The different words of a query, and of each run in a script without spaces the pairs of
+    neighbours, as the words of a phrase: a single character stands in half of the passages."""
     terms = []
     for found in RUN_OR_WORD.findall(query[:MAX_CHARACTERS]):
         if re.match(NO_SPACES, found):
@@ -66,7 +72,8 @@ def query_terms(query: str) -> list[str]:
 
 # ---------------------------------------------------------------- the corpus
 def read_corpus(path: Path) -> Iterator[tuple[str, str]]:
-    """(title, text) of each line of a corpus.jsonl; a line that is malformed ends the program with its number."""
+    """(title, text) of each line of a corpus.jsonl;
+    a line that is malformed ends the program with its number."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -75,17 +82,26 @@ def read_corpus(path: Path) -> Iterator[tuple[str, str]]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 fail(f"{path}, line {number}: not valid JSON ({error})")
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
-                fail(f'{path}, line {number}: expected {{"id": ..., "title": ..., "text": ...}} with a text')
+            if (
+                not isinstance(row, dict)
+                or not isinstance(row.get("text"), str)
+                or not row["text"].strip()
+            ):
+                fail(
+                    f"{path}, line {number}: "
+                    'expected {"id": ..., "title": ..., "text": ...} with a text'
+                )
             title = row.get("title", row.get("id", ""))
             if not isinstance(title, str | int):
                 fail(f"{path}, line {number}: field 'title' must be text, is {str(title)[:50]!r}")
             yield str(title), row["text"]
 
 
-def find_corpus(data_path: str, rows: list[tuple[str, dict]]) -> tuple[Path, str, Iterable[tuple[str, str]]]:
-    """(where the index belongs, a digest of the contents, passages) of the corpus.jsonl beside the questions, else of
-    the questions' contexts, whose titles are their chunk_ids."""
+def find_corpus(
+    data_path: str, rows: list[tuple[str, dict]]
+) -> tuple[Path, str, Iterable[tuple[str, str]]]:
+    """(where the index belongs, a digest of the contents, passages) of the corpus.jsonl beside the
+    questions, else of the questions' contexts, whose titles are their chunk_ids."""
     data = Path(data_path)
     corpus = data.parent / "corpus.jsonl"
     if data.is_file() and corpus.is_file():
@@ -97,10 +113,14 @@ def find_corpus(data_path: str, rows: list[tuple[str, dict]]) -> tuple[Path, str
     passages = {}
     for where, row in rows:
         if not isinstance(row.get("context"), str) or not row["context"].strip():
-            fail(f"{where}: field 'context' must be text, or a corpus.jsonl must lie beside {data_path}")
+            fail(
+                f"{where}: field 'context' must be text, "
+                f"or a corpus.jsonl must lie beside {data_path}"
+            )
         passages[str(row.get("chunk_id", "")), row["context"]] = None
     digest = hashlib.sha256(json.dumps([*passages]).encode()).hexdigest()
-    name = data.with_suffix("") if data.is_file() else re.sub(r"\W", "_", data_path)  # a hub's goes to this directory
+    # a hub's goes to this directory
+    name = data.with_suffix("") if data.is_file() else re.sub(r"\W", "_", data_path)
     return Path(f"{name}.sqlite"), digest, passages
 
 
@@ -108,14 +128,18 @@ def find_corpus(data_path: str, rows: list[tuple[str, dict]]) -> tuple[Path, str
 def build_index(index: Path, digest: str, passages: Iterable[tuple[str, str]]) -> None:
     """Write the index of the passages, unless `index` is one of this digest.
 
-    It is written aside, into a file that its process keeps locked, and renamed when it is whole. So readers have the
-    old one or the new one, of two processes that build the later one stays, and what a killed one left is deleted.
+    It is written aside, into a file that its process keeps locked, and renamed when it is whole. So
+    readers have the old one or the new one, of two processes that build the later one stays, and
+    what a killed one left is deleted.
     """
     digest, found = f"{VERSION} {digest}", read_digest(index)
     if found == digest:
         return
     if found is None and index.exists():
-        fail(f"{index}: exists and is no index of a corpus; move it away, or choose another --index-path")
+        fail(
+            f"{index}: exists and is no index of a corpus; "
+            "move it away, or choose another --index-path"
+        )
     aside = index.with_name(f"{index.name}.{os.getpid()}.building")
     try:
         delete_leftovers(index)
@@ -135,8 +159,12 @@ def build_index(index: Path, digest: str, passages: Iterable[tuple[str, str]]) -
             if not count:
                 fail(f"{index}: its corpus has no passages")
             connection.execute("INSERT INTO words(words) VALUES ('optimize')")
-            connection.execute("INSERT INTO words(words, rank) VALUES ('rank', ?)", [f"bm25({TITLE_WEIGHT}, 1.0)"])
-            connection.execute("INSERT INTO frequent SELECT term, doc FROM vocabulary WHERE doc > ?", [FREQUENT])
+            connection.execute(
+                "INSERT INTO words(words, rank) VALUES ('rank', ?)", [f"bm25({TITLE_WEIGHT}, 1.0)"]
+            )
+            connection.execute(
+                "INSERT INTO frequent SELECT term, doc FROM vocabulary WHERE doc > ?", [FREQUENT]
+            )
             connection.execute("INSERT INTO corpus VALUES (?, ?)", [digest, count])
             connection.execute("COMMIT")
         os.replace(aside, index)
@@ -160,7 +188,8 @@ def read_digest(index: Path) -> str | None:
 
 
 def delete_leftovers(index: Path) -> None:
-    """Delete what killed builds of this index left: files that are a minute old and that no process holds locked."""
+    """Delete what killed builds of this index left:
+    files that are a minute old and that no process holds locked."""
     for path in index.parent.glob(f"{glob.escape(index.name)}.*.building"):
         with suppress(FileNotFoundError), closing(sqlite3.connect(path, timeout=0)) as connection:
             try:
@@ -180,18 +209,23 @@ class Search:
         self.connection = connect(index)
         (self.size,) = self.connection.execute("SELECT passages FROM corpus").fetchone()
         self.frequent = dict(self.connection.execute("SELECT term, passages FROM frequent"))
-        self.stemmer = sqlite3.connect(":memory:", isolation_level=None)  # FTS5's own, which it does not give away
-        self.stemmer.execute(f"CREATE VIRTUAL TABLE words USING fts5(text, content='', tokenize='{TOKENIZER}')")
+        # FTS5's own, which it does not give away
+        self.stemmer = sqlite3.connect(":memory:", isolation_level=None)
+        self.stemmer.execute(
+            f"CREATE VIRTUAL TABLE words USING fts5(text, content='', tokenize='{TOKENIZER}')"
+        )
         self.stemmer.execute("CREATE VIRTUAL TABLE vocabulary USING fts5vocab(words, 'row')")
         self.count = lru_cache(10_000)(self.count)
 
     def __call__(self, query: str) -> str:
-        """The best passages, a line "title: text" for each, or a text that says that there is none."""
+        """The best passages, a line "title: text" for each,
+        or a text that says that there is none."""
         lines = [" ".join(f"{title}: {text}".split()) for title, text in self.passages(query)]
         return "\n".join(lines) or NOTHING
 
     def passages(self, query: str) -> list[tuple[str, str]]:
-        """(title, text) of the `top_k` best passages by bm25, best first; none where no term occurs."""
+        """(title, text) of the `top_k` best passages by bm25, best first;
+        none where no term occurs."""
         terms = self.choose_terms(query)
         expression = " OR ".join(f'"{term}"' for term in terms)
         found = "SELECT rowid FROM words WHERE words MATCH ? ORDER BY rank LIMIT ?"
@@ -200,8 +234,8 @@ class Search:
         return [self.connection.execute(passage, row).fetchone() for row in rows]
 
     def choose_terms(self, query: str) -> list[str]:
-        """The terms of a query that occur, the rarest first: not the common ones, where there are others, and not more
-        than MAX_POSTINGS allows."""
+        """The terms of a query that occur, the rarest first: not the common ones, where there are
+        others, and not more than MAX_POSTINGS allows."""
         counts = {term: self.count(term) for term in query_terms(query)}
         terms = sorted((term for term, count in counts.items() if count), key=counts.get)
         limit = max(COMMON * self.size, COMMON_PASSAGES)
@@ -217,7 +251,9 @@ class Search:
         return min((self.frequent.get(stem) or self.count_rare(stem) for stem in stems), default=0)
 
     def count_rare(self, stem: str) -> int:
-        found = self.connection.execute("SELECT doc FROM vocabulary WHERE term = ?", [stem]).fetchone()
+        found = self.connection.execute(
+            "SELECT doc FROM vocabulary WHERE term = ?", [stem]
+        ).fetchone()
         return found[0] if found else 0
 
 
@@ -229,8 +265,9 @@ def open_search(config, rows: list[tuple[str, dict]]) -> Search:
     return Search(index, config.top_k)
 
 
-# ---------------------------------------------------------------- what the policy is told, and what comes of its calls
-BROKEN = "Error: the search does not work, answer without it"  # its only result in eval_accuracy_no_tool
+# --------------------------------------------- what the policy is told, and what comes of its calls
+# its only result in eval_accuracy_no_tool
+BROKEN = "Error: the search does not work, answer without it"
 EXPECTED = 'expected {"name": "search", "arguments": {"query": "a name"}}'
 
 
@@ -246,7 +283,8 @@ TOOL_PROMPT = describe_tool(search)
 
 
 def parse_call(turn: str) -> dict | str | None:
-    """{"query": ...} of the call in a turn; None where it has none; a text that says what is wrong with it."""
+    """{"query": ...} of the call in a turn; None where it has none;
+    a text that says what is wrong with it."""
     return parse_tool_call(turn, "search", "query", EXPECTED)
 
 
@@ -255,7 +293,8 @@ def broken(query: str) -> str:
 
 
 def run_call(call: dict | str, tool) -> tuple[str, str]:
-    """(outcome, result) of what `parse_call` found; the outcome is "ok", "failed" (nothing found) or "malformed"."""
+    """(outcome, result) of what `parse_call` found; the outcome is "ok",
+    "failed" (nothing found) or "malformed"."""
     if isinstance(call, str):
         return "malformed", call
     result = tool(call["query"])

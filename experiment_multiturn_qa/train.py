@@ -1,14 +1,23 @@
-"""Multi-turn GRPO with search, in one file: the policy gets a question whose answer it cannot know, may search a corpus
-several times, reads passages, and answers.
+"""Multi-turn GRPO with search, in one file: the policy gets a question whose answer it cannot know.
 
-    python experiment_multiturn_qa/train.py    # the embedded policy and corpus, on a laptop, in minutes; see --help
+It may search a corpus several times, reads passages, and answers.
 
-Against experiment_multiturn_tool_calling the tool is a full-text index of a corpus (search.py), an answer is a text
-that is compared with one or more golds (answers.py), and the figures tell one search from two. The rest is the same.
+    python experiment_multiturn_qa/train.py    # the embedded policy and corpus, a laptop, 8 minutes
+
+Against experiment_multiturn_tool_calling the tool is a full-text index of a corpus (search.py), an
+answer is a text that is compared with one or more golds (answers.py), and the figures tell one
+search from two. The rest is the same.
+
+The words, with the numbers of the default:
+
+    group          the trajectories of one prompt: 8
+    step           16 prompts x 8 trajectories = 128 trajectories, sampled, trained on, thrown away
+    update         one optimizer step, on 64 trajectories; so a step has 2
+    micro-batch    what is forwarded and backpropagated at once: at most 1,024 tokens
+    row            one sequence of a micro-batch; it holds a whole group, see replay_buffer.py
+    turn           what the policy samples until it ends its turn; a trajectory has at most 4
 """
 
-import itertools
-import math
 import random
 import re
 import time
@@ -19,78 +28,159 @@ from typing import Literal
 import torch
 import tyro
 from answers import exact_match, f1_score, holds_gold
-from kv_cache import keys_and_values, prefill
-from loss import GRPOLoss, loss_metrics, masked_mean
-from model import as_reference, autocast, can_pack, end_token_ids, load_model, load_tokenizer, make_optimizer
-from model import out_of_memory_names, peak_memory, resolve, unwrap
+from calls import DATE, Environment, show_trajectory, trajectory_metrics
+from loss import GRPOLoss, loss_metrics
+from model import (
+    as_reference,
+    autocast,
+    can_pack,
+    find_eos_ids,
+    load_model,
+    load_tokenizer,
+    make_optimizer,
+    make_scaler,
+    optimizer_step,
+    out_of_memory_names,
+    peak_memory,
+    resolve,
+    unwrap,
+)
 from replay_buffer import Experience, MicroBatch, ReplayBuffer
-from run import Run, check_config, fail, find_checkpoint, read_train_and_eval_rows
+from run import (
+    Run,
+    check_config,
+    fail,
+    read_train_and_eval_rows,
+    rollout_metrics,
+    speed_metrics,
+)
+from sampling import sample
 from search import TOOL_PROMPT, Search, broken, open_search, parse_call, run_call
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 EXPERIMENT = Path(__file__).resolve().parent.name
 DATA = Path(__file__).resolve().parents[1] / "data"
-DATE = {"date_string": "26 Jul 2024"}  # Llama's template prints today's otherwise, and a run could not be repeated
-MAX_SKIPPED = 10  # updates in a row without a finite gradient that end the run
 
 
 @dataclass
 class Config:
-    # the run
-    run_name: str | None = None  # name of its directories; default: the experiment and the time
-    log_dir: str = "runs"  # holds <run-name>/metrics.jsonl and the TensorBoard log
-    wandb: bool = False  # log to Weights & Biases too (pip install wandb)
-    wandb_project: str = "grpo"  # the project there
-    seed: int = 42  # of prompt order, sampling and LoRA's first weights
-    device_index: int | None = None  # which CUDA device; default: the first, else Apple's, else the CPU
-    checkpoint_path: str = "./output"  # holds <experiment>/<run-name>/step_000020
-    checkpoint_interval: int = 20  # steps between checkpoints; the last step has one too
-    resume: bool = False  # continue the named run, else this experiment's newest
-    eval_interval: int = 10  # steps between evaluations; there is one before the first step and after the last too
-    log_completions_interval: int = 10  # steps between completions shown in full
-    # the model
-    model_name: str = str(DATA / "policy_qa")  # a directory (of a model or an adapter), or a name on the hub
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights: float32
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # flash cannot take packed rows
-    lora_rank: int = 0  # of adapters on all linear layers; 0 trains every weight
-    load_in_4bit: bool = False  # frozen weights in nf4, with LoRA
-    gradient_checkpointing: bool = False  # much less memory for a third more time in training
-    # the data
-    data_path: str = str(DATA / "qa" / "questions.json")  # .json, .jsonl, .parquet, or a hub data set: name[:config]
-    eval_data_path: str | None = None  # default: <name>_eval beside the data, the hub's test split, the last 10 %
-    index_path: str | None = None  # of the corpus; default: beside its corpus.jsonl, or beside the data
+    # ---- the run
+
+    # Name of the run's directories. Default: the experiment and the time.
+    run_name: str | None = None
+    # Holds <run-name>/metrics.jsonl and the TensorBoard log.
+    log_dir: str = "runs"
+    # Log to Weights & Biases too (pip install wandb).
+    wandb: bool = False
+    # The project there.
+    wandb_project: str = "grpo"
+    # Decides the prompts' order, the samples and LoRA's first weights.
+    seed: int = 42
+    # Which CUDA device. Default: the first, else Apple's, else the CPU.
+    device_index: int | None = None
+    # Holds <experiment>/<run-name>/step_000020.
+    checkpoint_path: str = "./output"
+    # Steps between checkpoints. Higher: fewer writes, more to lose. The last step has one too.
+    checkpoint_interval: int = 20
+    # Continue the named run, else this experiment's newest.
+    resume: bool = False
+    # Steps between evaluations. Higher: faster. There is one before the first step and at the end.
+    eval_interval: int = 10
+    # Steps between completions that are printed in full.
+    log_completions_interval: int = 10
+    # A small run to see that all works: at most 100 prompts and 100 steps, a checkpoint every 50.
+    test: bool = False
+
+    # ---- the model
+
+    # A directory (of a model or an adapter), or a name on the hub.
+    model_name: str = str(DATA / "policy_qa")
+    # Of matrix products. Weights that are trained are float32.
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # flash_attention_2 takes no mask, so rows hold one completion with it.
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    # Rank of adapters on all linear layers. Higher: can learn more, takes more memory. 0 trains
+    # every weight of the model instead.
+    lora_rank: int = 0
+    # Frozen weights in nf4 (needs LoRA): a quarter of their memory, a little slower.
+    load_in_4bit: bool = False
+    # Much less memory in training, for a third more time.
+    gradient_checkpointing: bool = False
+
+    # ---- the data
+
+    # .jsonl, .json, .parquet, or a hub data set: name or name:config.
+    data_path: str = str(DATA / "qa" / "questions.json")
+    # Default: <data>_eval beside it, the hub's test split, or the last 10 %.
+    eval_data_path: str | None = None
+    # Index of the corpus. Default: beside its corpus.jsonl, or beside the data.
+    index_path: str | None = None
+    # The field of a row that holds the question.
     question_field: str = "question"
-    answer_field: str = "answer"  # a text, or a list of texts of which any is right
-    system_prompt: str = (  # the embedded policy knows this one only; the description of the tool follows it
-        "Answer the question. You may search several times. Give the answer inside <answer> </answer>."
+    # The field that holds a text, or a list of texts of which any is right.
+    answer_field: str = "answer"
+    # The embedded policy knows this one only. The description of the tool follows it.
+    system_prompt: str = (
+        "Answer the question. You may search several times. "
+        "Give the answer inside <answer> </answer>."
     )
-    max_prompts: int = 1024  # training prompts, from the start of the file
-    # the rollout
-    group_size: int = 8  # trajectories per prompt
-    rollouts_per_step: int = 16  # prompts per step
-    temperature: float = 1.0  # of sampling, and therefore of every log-prob
-    max_turns: int = 4  # of the policy; a call in the last one is not run
-    max_length: int = 768  # tokens of a whole row: the prompt, what is sampled, and the results
-    max_new_tokens: int = 48  # tokens of a turn
-    top_k: int = 2  # passages in a result
-    max_result_tokens: int = 112  # of a result and what stands around it; what is too long is cut at its end
-    sample_rows: int = 256  # trajectories sampled at once; lower it when sampling runs out of memory
-    # the update
-    max_steps: int | None = None  # stop after this many; 0 only evaluates
-    epochs: int = 1  # passes over the prompts
-    epochs_per_step: int = 1  # passes over a step's trajectories
-    train_batch_size: int = 64  # trajectories per optimizer step: half a step's, so that the second update has to clip
-    micro_batch_tokens: int = 1024  # tokens forwarded at once: 4096 and more for real models; lower it to save memory
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit keeps its state in 8 bits (bitsandbytes)
-    lr: float = 5e-5  # for the embedded policy; real models: 1e-6 in full, 1e-5 with LoRA
-    max_norm: float = 1.0  # the gradient is scaled down to this norm
-    clip_eps_low: float = 0.2  # the ratio is clipped to 1 - clip_eps_low ...
-    clip_eps_high: float = 0.2  # ... 1 + clip_eps_high
-    kl_weight: float = 0.01  # of the KL to the policy that training began with; 0 needs no reference
-    critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"  # the weight of a token, see loss.py
-    format_weight: float = 0.1  # reward of the form, where a right answer is worth 1
+    # Training prompts, from the start of the file.
+    max_prompts: int = 1024
+    # Held-out prompts. Higher: a steadier figure, and slower evaluations.
+    max_eval_prompts: int = 512
+
+    # ---- sampling
+
+    # Trajectories of a prompt. Higher: a better baseline, and more sampling.
+    group_size: int = 8
+    # Prompts of a step. Higher: a less noisy gradient, and longer steps.
+    rollouts_per_step: int = 16
+    # Higher: more varied completions. Every log-prob of the loss is taken at this temperature.
+    temperature: float = 1.0
+    # Turns of the policy. Higher: more calls are possible. A call in the last turn is not run.
+    max_turns: int = 4
+    # Tokens of a whole row: the prompt, what is sampled, and the results.
+    max_length: int = 768
+    # Tokens of a turn. Higher: fewer are cut off, and sampling takes longer.
+    max_new_tokens: int = 48
+    # Passages in a result. Higher: more is found, and rows are longer.
+    top_k: int = 2
+    # Tokens of a result and what stands around it. What is too long is cut at its end.
+    max_result_tokens: int = 112
+    # Completions sampled at once. Higher: faster, more memory. Changes nothing that is learnt.
+    sample_rows: int = 256
+
+    # ---- the update
+
+    # Stop after this many; 0 only evaluates.
+    max_steps: int | None = None
+    # Passes over the prompts.
+    epochs: int = 1
+    # Passes over a step's completions. Higher: more updates from the same samples, further
+    # off-policy.
+    epochs_per_step: int = 1
+    # Completions of an update. Lower: more updates a step; all but the first are off-policy, and
+    # there the clip matters.
+    train_batch_size: int = 64
+    # Tokens forwarded at once. Higher: faster on a GPU (4096 for real models), more memory. Never
+    # changes the gradient.
+    micro_batch_tokens: int = 1024
+    # adamw8bit keeps its state in 8 bits (bitsandbytes).
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    # For the embedded policy. Real models: 1e-6 in full, 1e-5 with LoRA.
+    lr: float = 5e-5
+    # The gradient is scaled down to this norm. Higher: clipped less often.
+    max_norm: float = 1.0
+    # The ratio is clipped to 1 - clip_eps_low ... Higher: larger moves within a step.
+    clip_eps_low: float = 0.2
+    # ... 1 + clip_eps_high.
+    clip_eps_high: float = 0.2
+    # Of the KL to the policy that training began with. Higher: stays closer. 0 needs no reference.
+    kl_weight: float = 0.01
+    # How tokens are weighed, see token_weights in loss.py.
+    critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"
+    # Reward of the form, where a right answer is worth 1.
+    format_weight: float = 0.1
 
     @property
     def generate_max_length(self) -> int:
@@ -107,47 +197,75 @@ class Prompt:
 
 
 def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt], Search]:
-    """(training prompts, held-out prompts, search); prompts checked, rendered by the chat template and tokenised."""
+    """(training prompts, held-out prompts, search). Prompts are checked, rendered, tokenised."""
     rows, eval_rows = read_train_and_eval_rows(config.data_path, config.eval_data_path)
+    all_rows = rows + eval_rows
+    rows = rows[: config.max_prompts]
+    eval_rows = eval_rows[: config.max_eval_prompts]
     if len(rows) < config.rollouts_per_step or not eval_rows:
         counts = f"{len(rows)} prompts, {len(eval_rows)} held out (--eval-data-path)"
-        fail(f"{config.data_path}: {counts}; --rollouts-per-step is {config.rollouts_per_step}")
-    chosen = rows[: config.max_prompts], eval_rows[:512]
-    parts = [[make_prompt(*row, config, tokenizer) for row in part] for part in chosen]
-    longest = max(len(prompt.ids) for prompt in sum(parts, []))
-    needed = longest + config.generate_max_length + (config.max_turns - 1) * config.max_result_tokens
+        needed = f"--rollouts-per-step is {config.rollouts_per_step}"
+        fail(f"{config.data_path}: {counts}; {needed}")
+    prompts = [make_prompt(where, row, config, tokenizer) for where, row in rows]
+    eval_prompts = [make_prompt(where, row, config, tokenizer) for where, row in eval_rows]
+    warn_if_rows_may_be_cut(prompts + eval_prompts, config)
+    return prompts, eval_prompts, open_search(config, all_rows)
+
+
+def warn_if_rows_may_be_cut(prompts: list[Prompt], config: Config) -> None:
+    """Say so where a prompt, all turns and all results may take more than --max-length."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    results = config.max_turns - 1
+    needed = longest + config.generate_max_length + results * config.max_result_tokens
     if needed > config.max_length:
-        sizes = f"a prompt of {longest}, {config.max_turns} turns and {config.max_turns - 1} results"
-        print(f"warning: --max-length {config.max_length}: {sizes} may take {needed} tokens; later results will be cut")
-    return *parts, open_search(config, rows + eval_rows)
+        sizes = f"a prompt of {longest}, {config.max_turns} turns and {results} results"
+        may_take = f"{sizes} may take {needed} tokens"
+        print(f"warning: --max-length {config.max_length}: {may_take}; later results will be cut")
 
 
 def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
+    """The prompt of a row. `where` is its file and line, for error texts."""
     golds = row.get(config.answer_field)
-    golds = golds if isinstance(golds, list) else [golds]
-    for name, values in ((config.question_field, [row.get(config.question_field)]), (config.answer_field, golds)):
-        if not values or not all(isinstance(value, (str, int, float)) and str(value).strip() for value in values):
-            fail(f"{where}: field {name!r} is missing or empty; --question-field and --answer-field name the fields")
-    texts = {"system": config.system_prompt + TOOL_PROMPT, "user": str(row[config.question_field])}
-    messages = [{"role": role, "content": text} for role, text in texts.items()]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **DATE)
-    ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS, where the model has one
+    if not isinstance(golds, list):
+        golds = [golds]
+    fields = {config.question_field: [row.get(config.question_field)], config.answer_field: golds}
+    for name, values in fields.items():
+        are_texts = [isinstance(v, (str, int, float)) and str(v).strip() for v in values]
+        if not values or not all(are_texts):
+            flags = "--question-field and --answer-field name the fields"
+            fail(f"{where}: field {name!r} is missing or empty; {flags}")
+
+    messages = [
+        {"role": "system", "content": config.system_prompt + TOOL_PROMPT},
+        {"role": "user", "content": str(row[config.question_field])},
+    ]
+    text = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False, **DATE
+    )
+    # The template has written BOS already, where the model has one.
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) + config.max_new_tokens > config.max_length:
         budget = f"--max-length {config.max_length} - --max-new-tokens {config.max_new_tokens}"
-        fail(f"{where}: the prompt has {len(ids)} tokens, more than {budget}; raise --max-length or shorten the prompt")
-    return Prompt(ids, [str(gold) for gold in golds], str(row.get("difficulty") or "").lower())
+        advice = "raise --max-length or shorten the prompt"
+        fail(f"{where}: the prompt has {len(ids)} tokens, more than {budget}; {advice}")
+    difficulty = str(row.get("difficulty") or "").lower()
+    return Prompt(ids, [str(gold) for gold in golds], difficulty)
 
 
 def prompts_of_step(prompts: list[Prompt], step: int, config: Config) -> list[Prompt]:
     """The prompts of a step (the first is 1). An epoch's order depends on (seed, epoch) alone."""
-    epoch, position = divmod(step - 1, len(prompts) // config.rollouts_per_step)
-    order = torch.randperm(len(prompts), generator=make_generator("cpu", config.seed, "epoch", epoch))
-    return [prompts[i] for i in order.split(config.rollouts_per_step)[position]]
+    steps_per_epoch = len(prompts) // config.rollouts_per_step
+    epoch, position = divmod(step - 1, steps_per_epoch)
+    generator = make_generator("cpu", config.seed, "epoch", epoch)
+    order = torch.randperm(len(prompts), generator=generator)
+    first = position * config.rollouts_per_step
+    return [prompts[i] for i in order[first : first + config.rollouts_per_step]]
 
 
 def make_generator(device, *key) -> torch.Generator:
-    """Random numbers that depend on the key alone, so that a resumed run draws what the uninterrupted one would."""
-    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+    """Random numbers that depend on the key alone: a resumed run draws the same ones."""
+    seed = random.Random(repr(key)).getrandbits(63)
+    return torch.Generator(device).manual_seed(seed)
 
 
 # ---------------------------------------------------------------- reward
@@ -155,24 +273,34 @@ FORM = r"\s*(?:<think>.*</think>)?\s*<answer>.*</answer>\s*"
 
 
 def format_reward(completion: str) -> float:
-    """1 where the completion is <answer> ... </answer>, after a <think> ... </think> or without, and nothing else."""
-    once = all(completion.count(tag) == 1 for tag in ("<answer>", "</answer>"))
-    return float(once and completion.count("<think>") <= 1 and re.fullmatch(FORM, completion, re.DOTALL) is not None)
+    """1 where the completion is <answer> ... </answer>, after a <think> block or without."""
+    for tag in ("<answer>", "</answer>"):
+        if completion.count(tag) != 1:
+            return 0.0
+    if completion.count("<think>") > 1:
+        return 0.0
+    return 1.0 if re.fullmatch(FORM, completion, re.DOTALL) else 0.0
 
 
 def given_answer(trajectory: "Trajectory") -> str | None:
-    """The text of the last <answer> ... </answer> in its last turn; None where there is none, or it was cut off."""
-    given, closed, _ = trajectory.turns[-1].rpartition("<answer>")[2].partition("</answer>")
-    return given if "<answer>" in trajectory.turns[-1] and closed and trajectory.status != "truncated" else None
+    """The text of the last <answer> ... </answer> in its last turn.
+
+    None where there is none, or where the trajectory was cut off.
+    """
+    _, opened, rest = trajectory.turns[-1].rpartition("<answer>")
+    given, closed, _ = rest.partition("</answer>")
+    return given if opened and closed and trajectory.status != "truncated" else None
 
 
 def reward(experience: "Trajectories", config: Config) -> dict[str, torch.Tensor]:
-    """The parts of the reward, (group_size,) each; it is their sum.
+    """The parts of the reward, (group_size,) each; the reward is their sum.
 
-    Only the policy's last turn is looked at, so what the environment wrote never pays. Searching earns nothing in
-    itself; a malformed call costs the form. A trajectory that was cut off earns nothing.
+    Only the policy's last turn is looked at, so what the environment wrote never pays. Searching
+    earns nothing in itself; a malformed call costs the form. A trajectory that was cut off earns
+    nothing.
     """
-    f1, form = torch.zeros(2, len(experience.trajectories))
+    f1 = torch.zeros(len(experience.trajectories))
+    form = torch.zeros(len(experience.trajectories))
     for i, trajectory in enumerate(experience.trajectories):
         f1[i] = f1_score(given_answer(trajectory), experience.answer)
         if trajectory.status == "answered" and "malformed" not in trajectory.outcomes:
@@ -180,110 +308,38 @@ def reward(experience: "Trajectories", config: Config) -> dict[str, torch.Tensor
     return {"reward_f1": f1, "reward_format": config.format_weight * form}
 
 
-# ---------------------------------------------------------------- environment
-ANSWER_NOW = "\nThat was the last call: answer now."
-
-
-class Environment:
-    """What stands between two turns of the policy: the end of its turn, the result as a user's turn, the next header.
-
-    The chat template writes it, whatever it is: a dummy chat is rendered, and what follows the policy's turn is taken.
-    """
-
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
-        result = {"role": "user", "content": "<tool_response>\nRESULT\n</tool_response>"}
-        chat = [{"role": "user", "content": "."}, {"role": "assistant", "content": "TURN"}, result]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **DATE)
-        self.before, self.after = text.rpartition("TURN")[2].split("RESULT")
-        first, known = self.encode("")[0], tokenizer.added_tokens_decoder
-        self.end_of_turn = {first} & {*known}  # none where the template ends a turn by plain text
-        added = [token.content for token in known.values() if token.content.strip()]
-        tags = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-        self.special = re.compile("|".join(map(re.escape, sorted({*added, *tags}, key=len, reverse=True))))
-
-    def encode(self, result: str) -> list[int]:
-        return self.tokenizer(self.before + result + self.after, add_special_tokens=False).input_ids
-
-    def ids(self, result: str, note: str, last_id: int, room: int) -> list[int] | None:
-        """Tokens of at most `room`, behind a row that ends with `last_id`; None where not even the note fits.
-
-        Special tokens in the result would end its turn; they are taken out. One that is too long is cut at its end.
-        """
-        while self.special.search(result):  # again: what is left may form another one
-            result = self.special.sub("", result)
-        while True:
-            ids = self.encode(result + note)
-            ids = ids[1:] if ids[0] == last_id else ids  # the policy has ended its turn itself
-            if len(ids) <= room or not result:
-                return ids if len(ids) <= room else None
-            offsets = self.tokenizer(result, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-            start = offsets[max(0, len(offsets) + room - len(ids))][0] if offsets else 0  # of the first token to go
-            result = result[: min(start, len(result) - 1)]
-
-
 # ---------------------------------------------------------------- sampling
-@torch.inference_mode()
-def sample(policy, histories: list[list[int]], ends: set[int], memory: dict | None, config: Config, generator=None):
-    """Sample the next turn of every history, or take the likeliest tokens where there is no generator.
-
-    A plain softmax at `temperature`, whatever top_k, top_p or penalty the checkpoint's generation config asks for: the
-    loss takes the log-probs of this distribution. Histories that agree are one row of the KV cache as long as they do.
-    Finished turns leave. Returns ids (through the end token) and log-probs, a list of (tokens,) each.
-    """
-    device, ends = policy.device, torch.tensor(sorted(ends), device=policy.device)
-    rows = {history: row for row, history in enumerate(dict.fromkeys(map(tuple, histories)))}
-    prefix = torch.tensor([rows[tuple(history)] for history in histories], device=device)  # (turns,) row in the cache
-    ids = torch.zeros(len(prefix), config.max_new_tokens, dtype=torch.long, device=device)  # (turns, new tokens)
-    log_probs = torch.zeros(ids.shape, device=device)  # (turns, new tokens)
-    counts = torch.zeros_like(prefix)  # (turns,) tokens so far
-    alive = torch.arange(len(prefix), device=device)  # the turns that still grow; `prefix` is kept for them
-    with autocast(config, device, sampling=True):
-        cache, mask, logits = prefill(policy, [*rows], memory)
-        lengths, vocabulary = mask.sum(-1), logits.shape[-1]  # (rows,)
-        for t in range(config.max_new_tokens):
-            next_log_probs = (logits[:, -1].float() / config.temperature).log_softmax(-1)[prefix]  # (alive, vocabulary)
-            if generator is None:
-                tokens = next_log_probs.argmax(-1)  # (alive,)
-            else:
-                tokens = torch.multinomial(next_log_probs.exp(), 1, generator=generator)[:, 0]  # (alive,)
-            ids[alive, t], log_probs[alive, t] = tokens, next_log_probs.gather(1, tokens[:, None])[:, 0]
-            counts[alive] += 1
-            going = ~torch.isin(tokens, ends)
-            if memory is not None:
-                for i, row in zip(alive[~going].tolist(), prefix[~going].tolist()):
-                    memory[(*histories[i], *ids[i, :t].tolist())] = keys_and_values(cache, row, mask[row].bool())
-            alive, tokens, prefix = alive[going], tokens[going], prefix[going]
-            if len(alive) == 0 or t + 1 == config.max_new_tokens:
-                break
-            longer, prefix = torch.unique(prefix * vocabulary + tokens, return_inverse=True)  # (rows,), (alive,)
-            parents, tokens = longer // vocabulary, longer % vocabulary  # (rows,) the old row, and what it goes on with
-            if not torch.equal(parents, torch.arange(len(mask), device=device)):
-                mask, lengths = mask[parents], lengths[parents]
-                cache.reorder_cache(parents)
-            mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), lengths[:, None] + t
-            logits = policy(tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
-    return tuple([row[:n] for row, n in zip(rows.cpu(), counts.tolist())] for rows in (ids, log_probs))
+ANSWER_NOW = "\nThat was the last call: answer now."
 
 
 @dataclass
 class Trajectory:
-    """A prompt and all that followed it. Its ids are only ever appended to, and with them the mask."""
+    """A prompt and all that followed it.
+
+    Its ids are only ever appended to, and with them the mask. For example one call:
+
+        ids     call the calculator .    its result .    the answer .
+        mask    1    1   1          1    0   0      0    1   1      1
+    """
 
     prompt: Prompt
     ids: list[int] = field(default_factory=list)  # behind the prompt
-    mask: list[int] = field(default_factory=list)  # 1 = sampled by the policy, 0 = written by the environment
-    log_probs: list[float] = field(default_factory=list)  # when it was sampled; 0 for the environment's
+    mask: list[int] = field(default_factory=list)  # 1 = sampled, 0 = written by the environment
+    log_probs: list[float] = field(default_factory=list)  # 0 for the environment's
     turns: list[str] = field(default_factory=list)  # the policy's
-    outcomes: list[str] = field(default_factory=list)  # of the calls that were run: "ok", "failed" or "malformed"
-    results: list[str] = field(default_factory=list)  # of these, as the policy read them
+    outcomes: list[str] = field(default_factory=list)  # of calls: "ok", "failed", "malformed"
+    results: list[str] = field(default_factory=list)  # of these calls, as the policy read them
     status: str = "active"  # in the end "answered", "max_turns" or "truncated"
 
-    def append(self, ids: list[int], log_probs: list[float] | None = None) -> None:
-        """What the policy sampled, with its log-probs, or what the environment wrote."""
+    def append_sampled(self, ids: list[int], log_probs: list[float]) -> None:
         self.ids += ids
-        self.mask += [int(log_probs is not None)] * len(ids)
-        self.log_probs += log_probs or [0.0] * len(ids)
+        self.mask += [1] * len(ids)
+        self.log_probs += log_probs
+
+    def append_given(self, ids: list[int]) -> None:
+        self.ids += ids
+        self.mask += [0] * len(ids)
+        self.log_probs += [0.0] * len(ids)
 
 
 @dataclass
@@ -294,58 +350,81 @@ class Trajectories(Experience):
 
 
 @out_of_memory_names("sample_rows")
-def rollout(policy, tokenizer, prompts, group_size: int, config: Config, generator=None, *, tool):
-    """Trajectories, `group_size` for every prompt; greedy without a generator. In each turn all that are still active
-    are sampled together, behind the KV cache of the turns before. `tool` is what calls are run by."""
+def rollout(
+    policy,
+    tokenizer,
+    prompts: list[Prompt],
+    group_size: int,
+    config: Config,
+    generator=None,
+    *,
+    tool,
+) -> list[Trajectories]:
+    """A group of `group_size` trajectories for every prompt; greedy without a generator.
+
+    In each turn all that are still active are sampled together. `tool` is what calls are run by.
+    """
     policy.eval()
     environment = Environment(tokenizer)
-    ends = environment.end_of_turn | {*end_token_ids(policy, tokenizer)}
-    has_memory = can_pack(unwrap(policy).config, 2 * config.max_length)  # the cache has gaps, which no window may count
+    eos_ids = environment.end_of_turn | find_eos_ids(policy, tokenizer)
+    # The KV cache between turns has gaps, which a sliding window would count.
+    keeps_cache = can_pack(unwrap(policy).config, 2 * config.max_length)
     trajectories = [Trajectory(prompt) for prompt in prompts for _ in range(group_size)]
-    for chunk in (trajectories[i : i + config.sample_rows] for i in range(0, len(trajectories), config.sample_rows)):
-        active, memory = chunk, {} if has_memory else None
-        for turns_left in reversed(range(config.max_turns)):
+    for start in range(0, len(trajectories), config.sample_rows):
+        active = trajectories[start : start + config.sample_rows]
+        memory = {} if keeps_cache else None
+        for turn in range(1, config.max_turns + 1):
             histories = [trajectory.prompt.ids + trajectory.ids for trajectory in active]
-            turns = sample(policy, histories, ends, memory, config, generator)
-            for trajectory, ids, log_probs in zip(active, *turns):
-                trajectory.append(ids.tolist(), log_probs.tolist())
-                trajectory.turns.append(tokenizer.decode(ids, skip_special_tokens=True))
-                respond(trajectory, environment, ends, turns_left, config, tool)
+            ids, log_probs = sample(policy, histories, eos_ids, config, generator, memory)
+            for i, trajectory in enumerate(active):
+                trajectory.append_sampled(ids[i].tolist(), log_probs[i].tolist())
+                trajectory.turns.append(tokenizer.decode(ids[i], skip_special_tokens=True))
+                turns_left = config.max_turns - turn
+                respond(trajectory, environment, eos_ids, turns_left, config, tool)
             active = [trajectory for trajectory in active if trajectory.status == "active"]
             if not active:
                 break
-    groups = (trajectories[i : i + group_size] for i in range(0, len(trajectories), group_size))
-    return [make_experience(group) for group in groups]
+    groups = []
+    for start in range(0, len(trajectories), group_size):
+        groups.append(make_experience(trajectories[start : start + group_size]))
+    return groups
 
 
-def respond(trajectory: Trajectory, environment, ends: set[int], turns_left: int, config: Config, tool) -> None:
+def respond(
+    trajectory: Trajectory, environment, eos_ids: set[int], turns_left: int, config: Config, tool
+) -> None:
     """Run the call in the last turn and append its result, or end the trajectory."""
     call = parse_call(trajectory.turns[-1])
-    if trajectory.ids[-1] not in ends:
+    if trajectory.ids[-1] not in eos_ids:
         trajectory.status = "truncated"
-    elif call is None or turns_left == 0:
-        trajectory.status = "answered" if call is None else "max_turns"
+    elif call is None:
+        trajectory.status = "answered"
+    elif turns_left == 0:
+        trajectory.status = "max_turns"
     else:
         outcome, result = run_call(call, tool)
         trajectory.outcomes.append(outcome)
-        room = config.max_length - len(trajectory.prompt.ids) - len(trajectory.ids) - config.max_new_tokens
+        used = len(trajectory.prompt.ids) + len(trajectory.ids)
+        room = config.max_length - used - config.max_new_tokens  # leaves a whole turn
+        room = min(room, config.max_result_tokens)
         note = ANSWER_NOW if turns_left == 1 else ""
-        ids = environment.ids(result, note, trajectory.ids[-1], min(room, config.max_result_tokens))
-        if ids is None:  # no whole turn fits behind it
+        ids = environment.ids(result, note, trajectory.ids[-1], room)
+        if ids is None:
             trajectory.status = "truncated"
         else:
-            trajectory.append(ids)
+            trajectory.append_given(ids)
             trajectory.results.append(environment.tokenizer.decode(ids))
 
 
 def make_experience(group: list[Trajectory]) -> Trajectories:
     """The tensors of a group of trajectories."""
+    truncated = [float(trajectory.status == "truncated") for trajectory in group]
     return Trajectories(
         prompt_ids=torch.tensor(group[0].prompt.ids),
         completion_ids=[torch.tensor(trajectory.ids) for trajectory in group],
-        masks=[torch.tensor(trajectory.mask) for trajectory in group],
+        completion_masks=[torch.tensor(trajectory.mask) for trajectory in group],
         sampled_log_probs=[torch.tensor(trajectory.log_probs) for trajectory in group],
-        truncated=torch.tensor([float(trajectory.status == "truncated") for trajectory in group]),
+        truncated=torch.tensor(truncated),
         completions=[trajectory.turns[-1] for trajectory in group],
         answer=group[0].prompt.answer,
         trajectories=group,
@@ -354,9 +433,10 @@ def make_experience(group: list[Trajectory]) -> Trajectories:
 
 # ---------------------------------------------------------------- advantages
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """(r - mean) / (std + 1e-4) over a group, (group_size,), std with n - 1 (2402.03300, section 4.1.2).
+    """(r - mean) / (std + 1e-4) over a group, std with n - 1 (2402.03300, section 4.1.2).
 
-    Exactly 0 where all rewards are equal: there rounding would make an advantage of its own.
+    (group_size,) in and out. Exactly 0 where all rewards are equal: there, rounding would make an
+    advantage of its own.
     """
     if (rewards == rewards[0]).all():
         return torch.zeros_like(rewards)
@@ -365,162 +445,153 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------- log-probs
 def sequences_log_probs(model, batch: MicroBatch, config: Config) -> torch.Tensor:
-    """Log-probs of a micro-batch's sampled tokens under `model`, (sampled tokens,), in at least float32.
+    """Log-probs of a micro-batch's sampled tokens under `model`, (sampled,), at least float32.
 
-    The hidden states that predict them are picked before the output head, and the head runs in chunks that the backward
-    pass computes again, so that one chunk of logits is in memory at a time.
+    It equals these lines, for every completion alone, with less work and less memory:
+
+        logits = model(prompt_ids + completion_ids) / temperature    # (tokens, vocabulary)
+        logits = logits[len(prompt_ids) - 1 : -1]                    # logits[t] predicts t + 1
+        log_probs = log_softmax(logits)                              # (completion, vocabulary)
+        return log_probs.gather(completion_ids)                      # (completion,)
+
+    Less work: a row holds a group, packed. Less memory: only hidden states that predict a sampled
+    token go through the output head, in chunks that the backward pass computes again.
     """
     base = unwrap(model)
     with autocast(config, model.device):
         dtype = base.dtype if config.precision == "float32" else getattr(torch, config.precision)
-        mask, positions = batch.attention_mask(dtype), batch.position_ids
-        output = base.get_decoder()(batch.input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, batch.predicted_from)  # (sampled, hidden size)
-        chunk = max(1, 2**26 // base.config.get_text_config().vocab_size)  # 256 MB of float32 logits
-        log_probs = [
-            checkpoint(token_log_probs, base, states, targets, config.temperature, use_reentrant=False)
-            for states, targets in zip(hidden.split(chunk), batch.targets.split(chunk))
-        ]
+        decoder = base.get_decoder()
+        output = decoder(
+            batch.input_ids,  # (rows, tokens)
+            attention_mask=batch.attention_mask(dtype),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        hidden = output.last_hidden_state.flatten(0, 1)  # (rows * tokens, hidden size)
+        # index_select: its gradient repeats bit for bit on many threads, that of hidden[...] not.
+        hidden = hidden.index_select(0, batch.predicted_from)  # (sampled, hidden size)
+        chunk = max(1, 2**26 // base.config.get_text_config().vocab_size)  # 256 MB of logits
+        log_probs = []
+        for states, targets in zip(hidden.split(chunk), batch.targets.split(chunk)):
+            log_probs.append(
+                checkpoint(
+                    token_log_probs, base, states, targets, config.temperature, use_reentrant=False
+                )
+            )
     return torch.cat(log_probs)
 
 
-def token_log_probs(base, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature) at the targets, (tokens,), as gather - logsumexp."""
+def token_log_probs(base, hidden, targets, temperature: float) -> torch.Tensor:
+    """log_softmax(logits / temperature) at the targets, (tokens,). hidden: (tokens, hidden size)"""
     logits = base.get_output_embeddings()(hidden)  # (tokens, vocabulary)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-    logits = (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)  # Gemma
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    logits = logits / temperature
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 @torch.no_grad()
-def remember_log_probs(policy, reference, batches: list[list[MicroBatch]], config: Config) -> None:
-    """Fill in the log-probs of the old policy and of the reference.
+def add_old_and_reference_log_probs(
+    policy, reference, batches: list[list[MicroBatch]], config: Config
+) -> None:
+    """Fill in what the loss compares the policy with.
 
-    The first batch's old ones are those of its own training forward, which comes before any update. Later batches'
-    are the sampler's in float32, where the two differ by rounding alone (`max_log_prob_gap`), else computed again.
+    The first batch is trained on before any update. Its old log-probs are its own forward,
+    detached, so they are left to the loss, where the ratio is then exactly 1. For later batches
+    the sampler's serve in float32, where both differ by rounding alone (`max_log_prob_gap`).
+    In half precision they are computed again.
     """
     policy.eval()
-    for micro_batch in sum(batches[1:], []):
-        micro_batch.old_log_probs = micro_batch.sampled_log_probs
-        if config.precision != "float32":
-            micro_batch.old_log_probs = sequences_log_probs(policy, micro_batch, config)
+    for batch in batches[1:]:
+        for micro_batch in batch:
+            if config.precision == "float32":
+                micro_batch.old_log_probs = micro_batch.sampled_log_probs
+            else:
+                micro_batch.old_log_probs = sequences_log_probs(policy, micro_batch, config)
     if config.kl_weight:
         with as_reference(policy, reference) as model:
-            for micro_batch in sum(batches, []):
-                micro_batch.reference_log_probs = sequences_log_probs(model, micro_batch, config)
+            for batch in batches:
+                for micro_batch in batch:
+                    log_probs = sequences_log_probs(model, micro_batch, config)
+                    micro_batch.reference_log_probs = log_probs
 
 
 # ---------------------------------------------------------------- evaluation
-def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config, search: Search) -> dict[str, float]:
-    """Greedy figures on the held-out prompts: exact match as it is rewarded, by any gold in the last turn, and without
-    the tool (each call comes back with an error); then what concerns searching, in all and by difficulty."""
-    trajectories, without_tool = (
-        [e.trajectories[0] for e in rollout(policy, tokenizer, prompts, 1, config, tool=tool)]
-        for tool in (search, broken)
-    )
-    difficulties = ["", *sorted({prompt.difficulty for prompt in prompts} - {""})]  # "" is all
-    parts = {name: [t for t in trajectories if name in ("", t.prompt.difficulty)] for name in difficulties}
-    figures = {name: trajectory_metrics(part) for name, part in parts.items()}
+def evaluate(
+    policy, tokenizer, prompts: list[Prompt], config: Config, search: Search
+) -> dict[str, float]:
+    """Greedy figures on the held-out prompts: exact match as it is rewarded, by any gold in the
+    last turn, and without the tool (each call comes back with an error); then what concerns
+    searching, in all and by difficulty."""
+    experiences = rollout(policy, tokenizer, prompts, 1, config, tool=search)
+    without_tool = rollout(policy, tokenizer, prompts, 1, config, tool=broken)
+    trajectories = [e.trajectories[0] for e in experiences]
+    lenient = [holds_gold(t.turns[-1], t.prompt.answer) for t in trajectories]
+    figures = search_metrics(trajectories)
     evaluation = {
-        "eval_accuracy": figures[""]["em"],
-        "eval_accuracy_lenient": sum(holds_gold(t.turns[-1], t.prompt.answer) for t in trajectories) / len(prompts),
-        "eval_accuracy_no_tool": trajectory_metrics(without_tool)["em"],
-        "eval_tool_use_rate": figures[""]["tool_use_rate"],
+        "eval_accuracy": figures["em"],
+        "eval_accuracy_lenient": sum(lenient) / len(prompts),
+        "eval_accuracy_no_tool": search_metrics([e.trajectories[0] for e in without_tool])["em"],
+        "eval_tool_use_rate": trajectory_metrics(trajectories)["tool_use_rate"],
+        "eval_count": len(prompts),
     }
-    for difficulty, part in figures.items():
-        suffix = re.sub(r"\W+", "_", f"_{difficulty}" if difficulty else "")
-        evaluation |= {f"eval_{name}{suffix}": part[name] for name in ("em", "f1", "searches", "recall_at_k")}
-    return evaluation | {"eval_count": len(prompts)}
+    evaluation |= {f"eval_{name}": value for name, value in figures.items()}
+    for difficulty in sorted({prompt.difficulty for prompt in prompts} - {""}):
+        suffix = re.sub(r"\W+", "_", f"_{difficulty}")
+        part = [t for t in trajectories if t.prompt.difficulty == difficulty]
+        for name, value in search_metrics(part).items():
+            evaluation[f"eval_{name}{suffix}"] = value
+    return evaluation
 
 
-def rollout_metrics(experiences: list[Trajectories]) -> dict[str, float | None]:
-    """What a step's trajectories say about the policy, each a mean over trajectories if not said otherwise."""
-    rewards = torch.stack([e.rewards for e in experiences])  # (groups, group_size)
-    parts = {name: torch.cat([e.reward_parts[name] for e in experiences]) for name in experiences[0].reward_parts}
-    masks = [mask for e in experiences for mask in e.masks]
-    log_probs = torch.cat([row for e in experiences for row in e.sampled_log_probs])
-    lengths = torch.tensor([float(mask.sum()) for mask in masks])  # (trajectories,) sampled tokens
-    correct = torch.tensor([exact_match(given_answer(t), e.answer) for e in experiences for t in e.trajectories])
-    return {
-        "reward": rewards.mean().item(),
-        **{name: part.mean().item() for name, part in parts.items()},
-        "reward_std": rewards.std(dim=1).mean().item(),  # within groups
-        "zero_std_fraction": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),  # of groups
-        "entropy": -masked_mean(log_probs, torch.cat(masks)).item(),  # over sampled tokens
-        "completion_length": lengths.mean().item(),
-        "completion_length_correct": masked_mean(lengths, correct).item() if correct.any() else None,
-        "completion_length_wrong": masked_mean(lengths, 1 - correct).item() if not correct.all() else None,
-        "environment_fraction": 1 - torch.cat(masks).float().mean().item(),  # of the tokens behind the prompts
-        **trajectory_metrics([trajectory for e in experiences for trajectory in e.trajectories]),
-    }
-
-
-def trajectory_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
-    """Means over trajectories: how they answer, how they use the tool, and how they end."""
+def search_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
+    """How trajectories answer and search: means over trajectories."""
     answers = [(given_answer(t), t.prompt.answer) for t in trajectories]
-    outcomes = [trajectory.outcomes for trajectory in trajectories]
+    found = [holds_gold(" ".join(t.results), t.prompt.answer) for t in trajectories]
     figures = {
-        "em": [exact_match(*pair) for pair in answers],
-        "f1": [f1_score(*pair) for pair in answers],
-        "searches": [calls.count("ok") for calls in outcomes],  # that found something
-        "recall_at_k": [holds_gold(" ".join(t.results), t.prompt.answer) for t in trajectories],
-        "tool_use_rate": ["ok" in calls for calls in outcomes],  # at least one call that worked
-        "calls": [len(calls) for calls in outcomes],
-        "malformed_calls": [calls.count("malformed") for calls in outcomes],
-        "failed_calls": [calls.count("failed") for calls in outcomes],
-        "turns": [len(trajectory.turns) for trajectory in trajectories],
+        "em": [exact_match(given, golds) for given, golds in answers],
+        "f1": [f1_score(given, golds) for given, golds in answers],
+        "searches": [t.outcomes.count("ok") for t in trajectories],  # that found something
+        "recall_at_k": found,
     }
-    for status in ("answered", "max_turns", "truncated"):
-        figures[f"{status}_fraction"] = [trajectory.status == status for trajectory in trajectories]
     return {name: sum(values) / len(values) for name, values in figures.items()}
-
-
-def show_trajectory(experience: Trajectories, tokenizer) -> str:
-    """The first trajectory of a group turn by turn, with its prompt and all special tokens, and what it earned."""
-    trajectory = experience.trajectories[0]
-    text = f"--- prompt\n{tokenizer.decode(trajectory.prompt.ids)}"
-    for sampled, tokens in itertools.groupby(zip(trajectory.mask, trajectory.ids), key=lambda pair: pair[0]):
-        text += f"\n--- {'policy' if sampled else 'environment'}\n{tokenizer.decode([token for _, token in tokens])}"
-    earned = f"reward {experience.rewards[0]:.2f}, advantage {experience.advantages[0]:+.2f}"
-    return f"{text}\n--- {trajectory.status}; right answer: {' or '.join(experience.answer)}, {earned}"
 
 
 # ---------------------------------------------------------------- main
 def main(config: Config) -> None:
-    check_config(config)
+    check_config(config, also_positive=("max_turns", "top_k", "max_result_tokens"))
     config, device = resolve(config)
-    print("\n".join(f"{name}: {value}" for name, value in asdict(config).items()))
+    for name, value in asdict(config).items():
+        print(f"{name}: {value}")
     tokenizer = load_tokenizer(config.model_name)
     prompts, eval_prompts, search = read_prompts(config, tokenizer)
-    checkpoint_dir, state = find_checkpoint(config, EXPERIMENT) if config.resume else (None, {"step": 0})
-    run = Run(config, EXPERIMENT, checkpoint_dir)
-    policy, reference = load_model(config, device, checkpoint_dir)
+    run = Run(config, EXPERIMENT)
+    policy, reference = load_model(config, device, run.last_checkpoint)
     evaluation = evaluate(policy, tokenizer, eval_prompts, config, search)
     print("held out:", evaluation)
     if config.max_steps == 0:
         return
 
-    run.open(config)
-    optimizer = make_optimizer(policy, config, state.get("optimizer"))
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-    if config.resume:
-        scaler.load_state_dict(state["scaler"])
-    else:
-        run.log(0, evaluation)
-    before = state.get("before", evaluation)
+    run.open(config, evaluation)
+    optimizer = make_optimizer(policy, config, run.state.get("optimizer"))
+    scaler = make_scaler(config, device, run.state.get("scaler"))
     objective = GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
-    replay_buffer = ReplayBuffer()
-    packed = can_pack(unwrap(policy).config, config.max_length)
+    replay_buffer = ReplayBuffer(packed=can_pack(unwrap(policy).config, config.max_length))
     steps_per_epoch = len(prompts) // config.rollouts_per_step
-    last_step = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
-    start, skipped_in_a_row = time.time() - state.get("elapsed_seconds", 0), 0
-    bar = tqdm(range(state["step"] + 1, last_step + 1), initial=state["step"], total=last_step)
-    for step in bar:
+    last_step = config.epochs * steps_per_epoch
+    if config.max_steps is not None:
+        last_step = min(last_step, config.max_steps)
+
+    for step in run.steps(last_step):
         # 1. Sample a group of trajectories for every prompt.
-        step_start, step_prompts = time.time(), prompts_of_step(prompts, step, config)
+        step_start = time.time()
+        step_prompts = prompts_of_step(prompts, step, config)
         generator = make_generator(device, config.seed, "sample", step)
-        experiences = rollout(policy, tokenizer, step_prompts, config.group_size, config, generator, tool=search)
+        experiences = rollout(
+            policy, tokenizer, step_prompts, config.group_size, config, generator, tool=search
+        )
         sampling_end = time.time()
 
         # 2. Reward each trajectory, and compare it with its group.
@@ -528,62 +599,58 @@ def main(config: Config) -> None:
             experience.reward_parts = reward(experience, config)
             experience.rewards = sum(experience.reward_parts.values())  # (group_size,)
             experience.advantages = group_advantages(experience.rewards)  # (group_size,)
+        run.watch(step, experiences, tokenizer)
 
-        # 3. Cut the groups into batches; take the old policy's and the reference's log-probs of them.
+        # 3. Cut the groups into batches; add the old policy's and the reference's log-probs.
         replay_buffer.extend(experiences)
-        batches = replay_buffer.batches(config, packed, make_generator("cpu", config.seed, "batches", step))
+        generator = make_generator("cpu", config.seed, "batches", step)
+        batches = replay_buffer.batches(config, generator)
         batches = [[micro_batch.to(device) for micro_batch in batch] for batch in batches]
-        sums, grad_norms = [], []
         with out_of_memory_names("micro_batch_tokens"):
-            remember_log_probs(policy, reference, batches, config)
+            add_old_and_reference_log_probs(policy, reference, batches, config)
 
-            # 4. Update the policy, once for every batch. A batch is empty where no group of it needs a forward.
+            # 4. Update the policy, once for every batch.
             policy.train()
-            for batch in filter(None, batches * config.epochs_per_step):
+            grad_norms = []
+            for batch in batches * config.epochs_per_step:
+                if not batch:
+                    continue  # no group of it has anything to teach
                 for micro_batch in batch:
-                    log_probs = sequences_log_probs(policy, micro_batch, config)  # (sampled tokens,)
-                    if micro_batch.old_log_probs is None:
-                        micro_batch.old_log_probs = log_probs.detach()
-                    loss, token_sums = objective(log_probs, micro_batch)
-                    scaler.scale(loss).backward()
-                    sums.append(token_sums)
-                scaler.unscale_(optimizer)
-                grad_norms.append(clip_grad_norm_(policy.parameters(), config.max_norm).item())
-                skipped_in_a_row = 0 if math.isfinite(grad_norms[-1]) else skipped_in_a_row + 1
-                if skipped_in_a_row == 0:
-                    scaler.step(optimizer)
-                elif skipped_in_a_row == MAX_SKIPPED:
-                    fail(f"no finite gradient in {MAX_SKIPPED} updates; last good policy: {run.last_checkpoint}")
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                    log_probs = sequences_log_probs(policy, micro_batch, config)  # (sampled,)
+                    loss = objective(log_probs, micro_batch)
+                    scaler.scale(loss).backward()  # gradients of micro-batches add up
+                grad_norms.append(optimizer_step(policy, optimizer, scaler, config))
+        run.check_updates(grad_norms)
         replay_buffer.clear()
 
         # 5. Log, evaluate, save.
-        elapsed, num_sampled = time.time() - start, sum(mask.sum().item() for e in experiences for mask in e.masks)
+        trajectories = [t for e in experiences for t in e.trajectories]
+        correct = [exact_match(given_answer(t), t.prompt.answer) for t in trajectories]
+        correct = torch.tensor(correct)
         metrics = {
-            "elapsed_seconds": elapsed,
-            **rollout_metrics(experiences),
-            **loss_metrics(sums, grad_norms),
-            "grad_clip_fraction": sum(norm > config.max_norm for norm in grad_norms) / max(len(grad_norms), 1),
+            "elapsed_seconds": run.elapsed_seconds(),
+            **rollout_metrics(experiences, correct),
+            **trajectory_metrics(trajectories),
+            **search_metrics(trajectories),
+            **loss_metrics(objective.token_sums, grad_norms, config.max_norm),
+            **speed_metrics(experiences, objective.token_sums, step_start, sampling_end),
             "lr": config.lr,
-            "sample_tokens_per_second": num_sampled / (sampling_end - step_start),
-            "train_tokens_per_second": sum(part["tokens"].item() for part in sums) / (time.time() - sampling_end),
             "peak_memory": peak_memory(device),
         }
-        last = step == last_step or run.stop_requested
-        if last or step % config.eval_interval == 0:
-            evaluation = evaluate(policy, tokenizer, eval_prompts, config, search)
-            metrics |= evaluation
-        bar.set_postfix(reward=metrics["reward"], length=metrics["completion_length"], eval=evaluation["eval_accuracy"])
-        shown = show_trajectory(experiences[0], tokenizer) if step % config.log_completions_interval == 0 else None
+        objective.token_sums.clear()
+        is_last = step == last_step or run.stop_requested
+        if is_last or step % config.eval_interval == 0:
+            metrics |= evaluate(policy, tokenizer, eval_prompts, config, search)
+        shown = None
+        if step % config.log_completions_interval == 0:
+            shown = show_trajectory(experiences[0], tokenizer)
         run.log(step, metrics, shown)
-        if last or step % config.checkpoint_interval == 0:
-            trainer = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "before": before}
-            cursor = step % steps_per_epoch * config.rollouts_per_step
-            run.save(step, policy, tokenizer, trainer | {"elapsed_seconds": elapsed, "prompt_cursor": cursor})
-        if last:
+        if is_last or step % config.checkpoint_interval == 0:
+            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            run.save(step, policy, tokenizer, state)
+        if is_last:
             break
-    run.close(before, evaluation, time.time() - start)
+    run.close()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The tool: a calculator that is safe to run on what a language model writes, and what the model is told of it.
+"""The tool: a calculator that is safe to run on what a language model writes,
+and what the model is told of it.
 
-Exact arithmetic through a whitelist of syntax nodes. Whatever could take long or much memory is refused before it is
-computed, and every failure is a short text that begins with "Error:", never an exception.
+Exact arithmetic through a whitelist of syntax nodes. Whatever could take long or much memory is
+refused before it is computed, and every failure is a short text that begins with "Error:", never an
+exception.
 """
 
 import ast
@@ -35,7 +37,9 @@ def calculator(expression: str) -> str:
     """
     try:
         check_text(expression)
-        return format_number(compute(ast.parse(expression.strip(), mode="eval").body, expression.strip()))
+        return format_number(
+            compute(ast.parse(expression.strip(), mode="eval").body, expression.strip())
+        )
     except ZeroDivisionError:
         return "Error: division by zero"
     except (SyntaxError, MemoryError, RecursionError):  # of the parser
@@ -45,7 +49,8 @@ def calculator(expression: str) -> str:
 
 
 def check_text(expression: str) -> None:
-    """Refuse what the parser should not see. No letters: so no names, calls, attributes, strings or 1e999999999."""
+    """Refuse what the parser should not see. No letters: so no names, calls, attributes,
+    strings or 1e999999999."""
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"longer than {MAX_CHARACTERS} characters")
     if not re.fullmatch(r"[0-9.+\-*/%() ]*", expression):
@@ -62,7 +67,8 @@ def check_text(expression: str) -> None:
 def compute(node: ast.expr, source: str) -> Fraction:
     """The exact value of a syntax node of `source`."""
     if isinstance(node, ast.Constant):
-        value = Fraction(source[node.col_offset : node.end_col_offset])  # from the text: 0.1 is 1/10
+        # from the text: 0.1 is 1/10
+        value = Fraction(source[node.col_offset : node.end_col_offset])
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
         value = compute(node.operand, source) * (-1 if isinstance(node.op, ast.USub) else 1)
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
@@ -78,7 +84,8 @@ def compute(node: ast.expr, source: str) -> Fraction:
 
 
 def check_power(base: Fraction, exponent: Fraction) -> None:
-    """Refuse a power before it is computed. It has at least |exponent| x (bits of base - 1) bits."""
+    """Refuse a power before it is computed.
+    It has at least |exponent| x (bits of base - 1) bits."""
     if exponent.denominator != 1:
         raise ValueError("exponents must be integers")
     bits = max(base.numerator.bit_length(), base.denominator.bit_length()) - 1
@@ -95,12 +102,14 @@ def format_number(value: Fraction) -> str:
 
 # What the policy is told of the tool, and what comes of its calls
 EXPECTED = 'expected {"name": "calculator", "arguments": {"expression": "12 * 3"}}'
-BROKEN = "Error: the calculator does not work, answer without it"  # its only result in eval_accuracy_no_tool
+# its only result in eval_accuracy_no_tool
+BROKEN = "Error: the calculator does not work, answer without it"
 TOOL_PROMPT = describe_tool(calculator)
 
 
 def parse_call(turn: str) -> dict | str | None:
-    """{"expression": ...} of the call in a turn; None where it has none; a text that says what is wrong with it."""
+    """{"expression": ...} of the call in a turn; None where it has none;
+    a text that says what is wrong with it."""
     return parse_tool_call(turn, "calculator", "expression", EXPECTED)
 
 
@@ -109,7 +118,8 @@ def broken(expression: str) -> str:
 
 
 def run_call(call: dict | str, tool=calculator) -> tuple[str, str]:
-    """(outcome, result) of what `parse_call` found; the outcome is "ok", "failed" or "malformed"."""
+    """(outcome, result) of what `parse_call` found; the outcome is "ok",
+    "failed" or "malformed"."""
     if isinstance(call, str):
         return "malformed", call
     result = tool(call["expression"])

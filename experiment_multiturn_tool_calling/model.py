@@ -1,7 +1,7 @@
-"""Loading a causal LM: device, precision, attention, adapters and 4-bit, and which model is the reference.
+"""A causal LM and its optimizer: device, precision, attention, adapters, 4-bit, the reference.
 
-Nothing here is particular to GRPO but `load_model`'s choice of the reference. It is a file of its own so that train.py
-stays as long as its lesson, and the same in every experiment.
+Plumbing, the same in every experiment. Nothing here is particular to GRPO but the choice of the
+reference in `load_model`.
 """
 
 import math
@@ -13,37 +13,69 @@ from pathlib import Path
 import jinja2
 import torch
 from run import fail  # before peft: it quiets bitsandbytes
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
+from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # the training has one, and it is enough
 
+# cuDNN's attention gives NaN gradients for some masks (pytorch#196678), and it makes a new plan for
+# every length of the KV cache, that is for every sampled token.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+TEST = {"max_prompts": 100, "max_eval_prompts": 100, "max_steps": 100, "checkpoint_interval": 50}
+
 
 def resolve(config):
-    """(config, device): CUDA, else Apple's, else the CPU; `precision` auto becomes what that device is good at."""
+    """(config, device). The device is CUDA, else Apple's, else the CPU.
+
+    `precision` auto becomes what that device is good at; --test makes the run small.
+    """
     if torch.cuda.is_available():
-        if (config.device_index or 0) >= torch.cuda.device_count():
-            fail(f"--device-index {config.device_index}: this machine has {torch.cuda.device_count()} CUDA device(s)")
-        device = torch.device("cuda", config.device_index or 0)
-        half = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+        count = torch.cuda.device_count()
+        index = config.device_index or 0
+        if index >= count:
+            fail(f"--device-index {index}: this machine has {count} CUDA device(s)")
+        device = torch.device("cuda", index)
+        precision = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     else:
-        device, half = torch.device("mps" if torch.backends.mps.is_available() else "cpu"), "float32"
-    return replace(config, precision=half if config.precision == "auto" else config.precision), device
+        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        precision = "float32"
+    changes = {}
+    if config.precision == "auto":
+        changes["precision"] = precision
+    if config.test:
+        for name, most in TEST.items():
+            value = getattr(config, name)
+            changes[name] = most if value is None else min(value, most)
+    return replace(config, **changes), device
 
 
 def autocast(config, device: torch.device, sampling: bool = False):
-    """Matrix products in `precision`; sampling on a CPU in float32: ever new small shapes make bfloat16 slow there."""
+    """Matrix products in `precision`.
+
+    Sampling on a CPU is in float32: ever new small shapes make bfloat16 slow there.
+    """
     enabled = config.precision != "float32" and not (sampling and device.type == "cpu")
     return torch.autocast(device.type, getattr(torch, config.precision), enabled=enabled)
 
 
 def load_pretrained(name: str, config, device: torch.device, trainable: bool):
-    """A causal LM without dropout, which would make the log-probs of one and the same policy differ.
+    """A causal LM without dropout, by which log-probs of one and the same policy would differ.
 
-    Float32 where its weights are trained (bfloat16 would swallow small updates), else half precision or 4-bit.
+    Float32 where its weights are trained: bfloat16 would swallow small updates. Else half
+    precision or 4-bit.
     """
     half = getattr(torch, config.precision)
     double = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": half}
@@ -55,7 +87,8 @@ def load_pretrained(name: str, config, device: torch.device, trainable: bool):
                 setattr(model_config, key, 0.0)
         for key in ("logit_scale", "logits_scaling"):  # Cohere, Granite
             if getattr(model_config.get_text_config(), key, None) not in (None, 1, 1.0):
-                fail(f"--model-name {name}: models that scale their logits ({key}) are not supported")
+                reason = f"models that scale their logits ({key}) are not supported"
+                fail(f"--model-name {name}: {reason}")
         return AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,
@@ -70,16 +103,19 @@ def load_pretrained(name: str, config, device: torch.device, trainable: bool):
 
 def load_tokenizer(name: str):
     """The model's tokenizer; an adapter that was saved without one has that of its base model."""
-    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file():
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
+    if is_adapter and not (Path(name) / "tokenizer_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, SafetensorError) as error:
         fail_to_load(name, error)
     if not tokenizer.chat_template:
-        fail(f"{name}: its tokenizer has no chat template; take an instruction-tuned (-Instruct) model")
+        advice = "take an instruction-tuned (-Instruct) model"
+        fail(f"{name}: its tokenizer has no chat template; {advice}")
+    messages = [{"role": "system", "content": "."}, {"role": "user", "content": "."}]
     try:
-        tokenizer.apply_chat_template([{"role": role, "content": "."} for role in ("system", "user")], tokenize=False)
+        tokenizer.apply_chat_template(messages, tokenize=False)
     except jinja2.TemplateError as error:
         fail(f"{name}: its chat template takes no system message ({error})")
     return tokenizer
@@ -87,7 +123,8 @@ def load_tokenizer(name: str):
 
 def fail_to_load(name: str, error: Exception):
     hint = (
-        "name a local model by its directory; for a gated one accept its licence on huggingface.co and `hf auth login`"
+        "name a local model by its directory; "
+        "for a gated one accept its licence on huggingface.co and `hf auth login`"
     )
     fail(f"--model-name {name}: cannot be loaded ({hint}): {str(error).splitlines()[0]}")
 
@@ -96,48 +133,96 @@ def choose_attention(config, model_config) -> str:
     """flash-attention where it is installed and rows cannot be packed anyway, else torch's own."""
     if config.attention != "auto":
         return config.attention
-    flash = torch.cuda.is_available() and is_flash_attn_2_available() and config.precision != "float32"
-    return "flash_attention_2" if flash and not can_pack(model_config, config.max_length) else "sdpa"
+    has_flash = torch.cuda.is_available() and is_flash_attn_2_available()
+    if (
+        has_flash
+        and config.precision != "float32"
+        and not can_pack(model_config, config.max_length)
+    ):
+        return "flash_attention_2"
+    return "sdpa"
 
 
 def can_pack(model_config, max_length: int) -> bool:
-    """Whether packed rows are exact: full attention, or windows that a whole row fits into; flash takes no mask."""
+    """Whether packed rows are exact: rotary positions, and attention to all earlier tokens.
+
+    A sliding window is no obstacle where a whole row fits into it. flash-attention takes no mask.
+    """
     text_config = model_config.get_text_config()
     window = getattr(text_config, "sliding_window", None)
-    layer_types = getattr(text_config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
-    exact = {"full_attention", "sliding_attention"} if not window or window >= max_length else {"full_attention"}
-    rotary = getattr(text_config, "rope_parameters", None) and not getattr(text_config, "alibi", False)
-    return bool(rotary) and set(layer_types) <= exact and model_config._attn_implementation != "flash_attention_2"
+    layer_types = getattr(text_config, "layer_types", None)
+    if not layer_types:
+        layer_types = ["sliding_attention" if window else "full_attention"]
+    exact = {"full_attention"}
+    if not window or window >= max_length:
+        exact.add("sliding_attention")
+    has_rotary = bool(getattr(text_config, "rope_parameters", None))
+    has_alibi = getattr(text_config, "alibi", False)
+    takes_a_mask = model_config._attn_implementation != "flash_attention_2"
+    return has_rotary and not has_alibi and takes_a_mask and set(layer_types) <= exact
 
 
 def load_model(config, device: torch.device, checkpoint: Path | None = None):
-    """(policy, reference). The reference is the policy that training began with, also when `checkpoint` continues it:
-    in full training a frozen copy; None without a KL term, or where the policy itself serves (see `as_reference`).
+    """(policy, reference). The reference is the policy that training began with, also on a resume.
+
+    In full training it is a frozen copy. It is None without a KL term, and with LoRA, where the
+    policy itself serves (see `as_reference`). checkpoint: of the policy, where a run is resumed.
     """
     torch.manual_seed(config.seed)  # of LoRA's first weights
     is_adapter = (Path(config.model_name) / "adapter_config.json").is_file()
     lora = is_adapter or config.lora_rank > 0
-    base = PeftConfig.from_pretrained(config.model_name).base_model_name_or_path if is_adapter else config.model_name
-    policy = load_pretrained(str(checkpoint) if checkpoint and not lora else base, config, device, trainable=not lora)
+    base = config.model_name
+    if is_adapter:
+        base = PeftConfig.from_pretrained(base).base_model_name_or_path
+    name = str(checkpoint) if checkpoint and not lora else base
+    policy = load_pretrained(name, config, device, trainable=not lora)
     reference = None
     if is_adapter:
         policy = PeftModel.from_pretrained(policy, config.model_name, is_trainable=True)
         policy.load_adapter(config.model_name, "reference")
     elif lora:
-        adapter = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+        rank = config.lora_rank
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         policy = get_peft_model(policy, adapter)
     elif config.kl_weight:
-        reference = load_pretrained(base, config, device, trainable=True).requires_grad_(False).eval()
+        reference = load_pretrained(base, config, device, trainable=True)
+        reference.requires_grad_(False).eval()
+        halve_linear_layers(reference, config)
     if checkpoint and lora:
         set_peft_model_state_dict(policy, load_peft_weights(str(checkpoint), device=str(device)))
     if config.gradient_checkpointing:
-        unwrap(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        arguments = {"use_reentrant": False}
+        unwrap(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    if device.type != "cpu":
+        let_autocast_cast(policy)
     for module in policy.modules():
         if isinstance(module, torch.nn.Dropout):  # an adapter brings its own
             module.p = 0.0
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would pack its weights in the first eval pass,
-            module.support_avx512bf16_for_cpu = False  # and then no gradient comes through them
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would pack its weights in the first eval pass, and then no gradient
+            # comes through them.
+            module.support_avx512bf16_for_cpu = False
     return policy.eval(), reference
+
+
+def halve_linear_layers(reference, config) -> None:
+    """Hold the decoder's linear layers in half precision where autocast takes their products in
+    half precision anyway. The products are the same, and the reference needs half the memory."""
+    if config.precision == "float32":
+        return
+    for module in reference.get_decoder().modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(getattr(torch, config.precision))
+
+
+def let_autocast_cast(policy) -> None:
+    """Keep LoRA layers from casting their input to float32, only for autocast to cast it back.
+
+    The bits are the same. Not on a CPU, where sampling runs without autocast.
+    """
+    for module in policy.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def unwrap(policy):
@@ -147,7 +232,10 @@ def unwrap(policy):
 
 @contextmanager
 def as_reference(policy, reference):
-    """The reference: its frozen copy, or the policy with the adapter that training began from, or with none."""
+    """The reference: its frozen copy, or the policy with the adapter that training began from.
+
+    Training with LoRA that began from no adapter has the policy without adapter as reference.
+    """
     if reference is not None:
         yield reference
     elif "reference" in policy.peft_config:
@@ -160,8 +248,10 @@ def as_reference(policy, reference):
 
 
 def make_optimizer(policy, config, state: dict | None = None):
-    """AdamW over what trains, without weight decay; adamw8bit keeps its two moments in 8 bits. A resumed run brings
-    the optimizer's state; the learning rate is the config's all the same."""
+    """AdamW over what trains, without weight decay; adamw8bit keeps its two moments in 8 bits.
+
+    A resumed run brings the optimizer's state; the learning rate is the config's all the same.
+    """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if config.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
@@ -176,29 +266,61 @@ def make_optimizer(policy, config, state: dict | None = None):
     return optimizer
 
 
+def make_scaler(config, device: torch.device, state: dict | None = None):
+    """What float16 needs: the loss is multiplied so that small gradients survive. Else it does
+    nothing, and scaler.scale(loss) is the loss."""
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    if state:
+        scaler.load_state_dict(state)
+    return scaler
+
+
+def optimizer_step(policy, optimizer, scaler, config) -> float:
+    """One update: scale the gradient down to `max_norm`, step, clear the gradient.
+
+    A gradient that is not finite is skipped: one NaN would make every weight NaN.
+    Returns the gradient's norm before it is scaled down.
+    """
+    scaler.unscale_(optimizer)
+    norm = clip_grad_norm_(policy.parameters(), config.max_norm).item()
+    if math.isfinite(norm):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has used so far, in GiB: of the CUDA device, else of the machine."""
+    """The most memory that this process has used so far, in GiB: of the CUDA device, or in all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
         import resource
     except ImportError:  # Windows
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
 
 
 @contextmanager
 def out_of_memory_names(constant: str):
-    """End the program with the constant to lower when the device or the machine runs out of memory."""
+    """Where memory runs out, end the program with a line that names the constant to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            fail(f"out of memory: lower {constant}; the last checkpoint is untouched ({str(error).splitlines()[:1]})")
+        out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if out or "can't allocate memory" in str(error):
+            first_line = str(error).splitlines()[:1]
+            fail(
+                f"out of memory: lower {constant}; the last checkpoint is untouched ({first_line})"
+            )
         raise
 
 
-def end_token_ids(policy, tokenizer) -> list[int]:
-    """Every id that ends a turn: the tokenizer knows one, the generation config of a chat model often more."""
+def find_eos_ids(policy, tokenizer) -> set[int]:
+    """Every id that ends a turn. The tokenizer knows one, a chat model's generation config more."""
     more = policy.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None})
+    if not isinstance(more, list):
+        more = [more]
+    return {tokenizer.eos_token_id, *more} - {None}

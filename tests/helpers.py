@@ -1,4 +1,5 @@
-"""What the tests share: loading an experiment in isolation, small models of the real architectures, tokenizers."""
+"""What the tests share: loading an experiment in isolation,
+small models of the real architectures, tokenizers."""
 
 import importlib
 import sys
@@ -11,12 +12,24 @@ import transformers
 import trl
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("train", "loss", "replay_buffer", "model", "run", "calculator", "search", "answers", "calls", "kv_cache")
+MODULES = (
+    "train",
+    "loss",
+    "replay_buffer",
+    "model",
+    "run",
+    "calculator",
+    "search",
+    "answers",
+    "calls",
+    "kv_cache",
+)
 POLICY = ROOT / "data" / "policy_math"
 
 
 def load_experiment(name: str = "experiment_base") -> SimpleNamespace:
-    """The modules of an experiment by name, loaded once: with and without the default the cache would hold two."""
+    """The modules of an experiment by name, loaded once:
+    with and without the default the cache would hold two."""
     return import_modules(name)
 
 
@@ -60,12 +73,15 @@ ARCHITECTURES = {
 
 
 def make_model(architecture: str = "qwen2", attention: str = "sdpa", seed: int = 0):
-    """A small model of a real architecture with random float32 weights, as large as makes its log-probs differ."""
+    """A small model of a real architecture with random float32 weights,
+    as large as makes its log-probs differ."""
     torch.manual_seed(seed)
     config = ARCHITECTURES[architecture]()
     config._attn_implementation = attention
     config.eos_token_id, config.pad_token_id, config.bos_token_id = 2, 0, None
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention
+    ).float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2) if parameter.ndim > 1 else None
@@ -77,5 +93,6 @@ def embedded_tokenizer():
 
 
 def chat_template(name: str) -> str:
-    """A real chat template that the trl package ships: qwen2_5, qwen3, llama3_2, phi3_5, gemma3, ..."""
+    """A real chat template that the trl package ships:
+    qwen2_5, qwen3, llama3_2, phi3_5, gemma3, ..."""
     return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()

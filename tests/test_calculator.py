@@ -1,4 +1,5 @@
-"""The tool: what the calculator computes and refuses, and how a call is read from what a model wrote."""
+"""The tool: what the calculator computes and refuses,
+and how a call is read from what a model wrote."""
 
 import json
 import random
@@ -18,7 +19,9 @@ from test_multiturn import call as dialogue_call
 from test_sampling import CHATML, END, make_tokenizer
 
 calculator_module = load_experiment("experiment_multiturn_tool_calling").calculator
-calculator, parse_call, run_call = (getattr(calculator_module, n) for n in ("calculator", "parse_call", "run_call"))
+calculator, parse_call, run_call = (
+    getattr(calculator_module, n) for n in ("calculator", "parse_call", "run_call")
+)
 
 
 # ---------------------------------------------------------------- what it computes
@@ -73,7 +76,8 @@ class Random:
         if kind < 0.45:
             return f"({self.expression(depth - 1)})"
         if kind < 0.55:
-            return f"({self.expression(depth - 1)}) ** {self.rng.choice(['0', '1', '2', '3', '-1', '-2'])}"
+            base = self.expression(depth - 1)
+            return f"({base}) ** {self.rng.choice(['0', '1', '2', '3', '-1', '-2'])}"
         operator = self.rng.choice(["+", "-", "*", "/", "//", "%"])
         space = self.rng.choice(["", " "])
         return self.expression(depth - 1) + space + operator + space + self.expression(depth - 1)
@@ -96,7 +100,8 @@ def test_ten_thousand_random_expressions_against_python():
         try:
             value = python_says(expression)
         except ZeroDivisionError:
-            # what Python does not reach, because it divides by zero first, may be refused for its size
+            # what Python does not reach, because it divides by zero first, may be refused for
+            # its size
             assert found.startswith("Error:"), expression
             kinds["division by zero"] += 1
             continue
@@ -123,7 +128,10 @@ def test_numbers_up_to_the_bound_are_printed_in_full_and_no_further():
 
 
 def test_long_expressions_are_refused_before_they_are_parsed():
-    assert calculator("1+" * 99 + "1") == "100" and calculator("1+" * 150 + "1") == "Error: longer than 200 characters"
+    assert (
+        calculator("1+" * 99 + "1") == "100"
+        and calculator("1+" * 150 + "1") == "Error: longer than 200 characters"
+    )
 
 
 # ---------------------------------------------------------------- what it refuses
@@ -182,14 +190,19 @@ FINE = {"signs": "-1"}  # long, but harmless
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks(name):
-    """Pitfall 25: an error text within 10 ms of processor time and 50 MB, never an exception. Found in public scripts:
-    `eval`, which hangs on the first and escapes on the fifth."""
+    """Pitfall 25: an error text within 10 ms of processor time and 50 MB, never an exception. Found
+    in public scripts: `eval`, which hangs on the first and escapes on the fifth."""
     expression, seconds = ATTACKS[name], []
     for _ in range(3):
         start = time.process_time()
         found = calculator(expression)
         seconds.append(time.process_time() - start)
-    assert found.startswith("Error: ") and len(found) < 100 and "\n" not in found or found == FINE.get(name), found
+    assert (
+        found.startswith("Error: ")
+        and len(found) < 100
+        and "\n" not in found
+        or found == FINE.get(name)
+    ), found
     assert min(seconds) < 0.01
     tracemalloc.start()
     calculator(expression)
@@ -206,7 +219,9 @@ def test_any_text_gets_a_text(expression):
 
 # ---------------------------------------------------------------- calls
 def call(expression="12 * 3", name="calculator", key="arguments"):
-    return f"<tool_call>\n{json.dumps({'name': name, key: {'expression': expression}})}\n</tool_call>"
+    return (
+        f"<tool_call>\n{json.dumps({'name': name, key: {'expression': expression}})}\n</tool_call>"
+    )
 
 
 ARGUMENTS = {"expression": "12 * 3"}
@@ -234,8 +249,18 @@ def test_calls_that_are_read(turn):
 
 @pytest.mark.parametrize(
     "turn",
-    ["", "<answer>36</answer>", "</tool_call>", BODY, f"<think>{call()}</think>\n<answer>36</answer>"]
-    + [f"<think>{call()}", f"<think>a</think><think>{call()}</think>no", f"<think><think>{call()}</think>"],
+    [
+        "",
+        "<answer>36</answer>",
+        "</tool_call>",
+        BODY,
+        f"<think>{call()}</think>\n<answer>36</answer>",
+    ]
+    + [
+        f"<think>{call()}",
+        f"<think>a</think><think>{call()}</think>no",
+        f"<think><think>{call()}</think>",
+    ],
 )
 def test_turns_without_a_call(turn):
     """Pitfall 29: a call inside <think> is not executed."""
@@ -262,12 +287,18 @@ def test_turns_without_a_call(turn):
         (f"<tool_call>{json.dumps(ARGUMENTS)}</tool_call>", "unknown tool"),
         ('<tool_call>{"name": "calculator"}</tool_call>', "wrong arguments"),
         ('<tool_call>{"name": "calculator", "arguments": "12 * 3"}</tool_call>', "wrong arguments"),
-        ('<tool_call>{"name": "calculator", "arguments": {"expr": "12 * 3"}}</tool_call>', "wrong arguments"),
+        (
+            '<tool_call>{"name": "calculator", "arguments": {"expr": "12 * 3"}}</tool_call>',
+            "wrong arguments",
+        ),
         ('<tool_call>{"name": "calculator", "arguments": {}}</tool_call>', "wrong arguments"),
         (call(expression=36), "wrong arguments"),
         (call(expression=None), "wrong arguments"),
         (
-            '<tool_call>{"name": "calculator", "arguments": {"expression": "1", "x": "2"}}</tool_call>',
+            (
+                '<tool_call>{"name": "calculator", '
+                '"arguments": {"expression": "1", "x": "2"}}</tool_call>'
+            ),
             "wrong arguments",
         ),
     ],
@@ -281,7 +312,10 @@ def test_malformed_calls_come_back_with_the_expected_form(turn, says):
 
 def test_outcomes():
     assert run_call(parse_call(call("1 / 0"))) == ("failed", "Error: division by zero")
-    assert run_call(parse_call(call()), calculator_module.broken) == ("failed", calculator_module.BROKEN)
+    assert run_call(parse_call(call()), calculator_module.broken) == (
+        "failed",
+        calculator_module.BROKEN,
+    )
     assert run_call(parse_call(call(name="x")), calculator_module.broken)[0] == "malformed"
 
 
@@ -294,22 +328,29 @@ def test_any_turn_is_read(before, body, opening):
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
 def test_the_tool_is_described_as_the_templates_describe_it(name):
-    """The text by hand is what these models were trained with: the template's own rendering of the tool."""
+    """The text by hand is what these models were trained with:
+    the template's own rendering of the tool."""
     from transformers.utils import get_json_schema
 
     tokenizer = make_tokenizer(chat_template(name), CHATML)
-    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is 12 * 3?"}]
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "What is 12 * 3?"},
+    ]
     native = tokenizer.apply_chat_template(
         messages, tools=[get_json_schema(calculator)], add_generation_prompt=True, tokenize=False
     )
     messages[0]["content"] += calculator_module.TOOL_PROMPT
-    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == native
+    assert (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        == native
+    )
 
 
 # ---------------------------------------------------------------- the experiment
 def test_evaluation_with_and_without_the_tool():
-    """Without it every call comes back with an error: what is left is what the policy can do by itself. And the figures
-    of each number of digits."""
+    """Without it every call comes back with an error: what is left is what the policy can do by
+    itself. And the figures of each number of digits."""
     prompts = [prompt_of(f"What is {i} * 3?", 3 * i) for i in (12, 13, 14, 15)]
     for prompt, digits in zip(prompts, (3, 3, 4, 4)):
         prompt.num_digits = digits
@@ -351,12 +392,17 @@ def test_the_harder_tasks_are_selected():
 
     prompts, held_out = train.read_prompts(config_of(), Words())
     assert len(prompts) == 1024 and len(held_out) == 512
-    assert {prompt.num_digits for prompt in prompts} == {prompt.num_digits for prompt in held_out} == {3, 4}
+    assert (
+        {prompt.num_digits for prompt in prompts}
+        == {prompt.num_digits for prompt in held_out}
+        == {3, 4}
+    )
     assert all("*" in prompt.ids for prompt in prompts + held_out)
 
 
 def test_other_data_brings_its_own_held_out_rows(tmp_path):
-    """The hard tasks are held out for the default data alone, and rows without num_digits are taken as they are."""
+    """The hard tasks are held out for the default data alone,
+    and rows without num_digits are taken as they are."""
     rows = [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(40)]
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

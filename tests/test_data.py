@@ -1,4 +1,5 @@
-"""The arithmetic tasks and what the embedded policy is taught: right answers, even cells, nothing held out is shown."""
+"""The arithmetic tasks and what the embedded policy is taught:
+right answers, even cells, nothing held out is shown."""
 
 import ast
 import json
@@ -27,7 +28,8 @@ tool = load_experiment("experiment_multiturn_tool_calling")
 
 
 def value(node):
-    """The value of an expression by Python's own grammar: a second opinion on precedence and signs."""
+    """The value of an expression by Python's own grammar:
+    a second opinion on precedence and signs."""
     if isinstance(node, str):
         return value(ast.parse(node, mode="eval").body)
     if isinstance(node, ast.BinOp):
@@ -44,7 +46,10 @@ def cell_of(row):
 
 @pytest.fixture(scope="module")
 def files():
-    return {name: [json.loads(line) for line in (DATA / name).read_text().splitlines()] for name in FILES + LONG_FILES}
+    return {
+        name: [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+        for name in FILES + LONG_FILES
+    }
 
 
 # ---------------------------------------------------------------- the files
@@ -54,15 +59,25 @@ def test_counts(files):
 
 @pytest.mark.parametrize("name", FILES + LONG_FILES)
 def test_rows_say_what_they_are(files, name):
-    """Fields that lie about the expression would let --max-terms and --operators select the wrong rows."""
+    """Fields that lie about the expression would let --max-terms and --operators select the
+    wrong rows."""
     for row in files[name]:
-        assert list(row) == ["question", "answer", "expression", "num_terms", "num_digits", "operators"]
+        assert list(row) == [
+            "question",
+            "answer",
+            "expression",
+            "num_terms",
+            "num_digits",
+            "operators",
+        ]
         terms, used = row["expression"].split()[::2], row["expression"].split()[1::2]
         assert all(term == str(int(term)) and int(term) > 0 for term in terms)
         assert row["num_terms"] == len(terms) == len(used) + 1
         assert row["num_digits"] == max(map(len, terms))
         assert row["operators"] == "".join(o for o in "+-*" if o in used)
-        assert row["question"] in [phrasing.format(row["expression"]) for phrasing in tasks.PHRASINGS]
+        assert row["question"] in [
+            phrasing.format(row["expression"]) for phrasing in tasks.PHRASINGS
+        ]
 
 
 @pytest.mark.parametrize("name", FILES + LONG_FILES)
@@ -83,13 +98,16 @@ def test_no_expression_stands_twice(files):
 
 
 def test_long_files_are_easy_and_hard_mixed(files):
-    """Two to six terms. What is held out of two and three was held out of the policy that the long one begins as."""
+    """Two to six terms. What is held out of two and three was held out of the policy that
+    the long one begins as."""
     training, held_out = (files[name] for name in LONG_FILES)
     assert len(training) >= 2048 and len(held_out) == 512
     for rows in (training, held_out):
         assert {cell_of(row) for row in rows} == set(tasks.LONG_CELLS)
     short = {row["expression"] for row in held_out if row["num_terms"] <= 3}
-    assert len(short) > 100 and short <= {row["expression"] for row in files["math_tasks_eval.jsonl"]}
+    assert len(short) > 100 and short <= {
+        row["expression"] for row in files["math_tasks_eval.jsonl"]
+    }
 
 
 def test_every_phrasing_is_used_about_as_often(files):
@@ -105,8 +123,13 @@ def test_cell_sizes_match_counting_them():
         terms = [str(n) for n in range(1, 10 ** cell[1])]
         texts = list(terms)
         for _ in range(cell[0] - 1):
-            texts = [f"{text} {used} {term}" for text in texts for used in cell[2] for term in terms]
-        is_in_cell = [set(t.split()[1::2]) == set(cell[2]) and max(map(len, t.split()[::2])) == cell[1] for t in texts]
+            texts = [
+                f"{text} {used} {term}" for text in texts for used in cell[2] for term in terms
+            ]
+        is_in_cell = [
+            set(t.split()[1::2]) == set(cell[2]) and max(map(len, t.split()[::2])) == cell[1]
+            for t in texts
+        ]
         assert tasks.cell_size(cell) == sum(is_in_cell), cell
 
 
@@ -115,14 +138,19 @@ def test_random_expressions_belong_to_their_cell():
     for cell in tasks.cells():
         row = tasks.make_row(rng, cell, tasks.random_expression(rng, cell))
         parts = row["expression"].split()
-        assert (len(parts[::2]), max(map(len, parts[::2])), set(parts[1::2])) == (cell[0], cell[1], set(cell[2]))
+        assert (len(parts[::2]), max(map(len, parts[::2])), set(parts[1::2])) == (
+            cell[0],
+            cell[1],
+            set(cell[2]),
+        )
 
 
 def test_training_rows_are_spread_evenly(files):
     counts = Counter(map(cell_of, files[FILES[0]]))
     held_out = Counter(cell_of(row) for name in FILES[1:] for row in files[name])
     assert counts.keys() == set(tasks.cells()) and len(counts) == 64
-    for cell, count in counts.items():  # the smallest cells have fewer expressions than a cell's share
+    # the smallest cells have fewer expressions than a cell's share
+    for cell, count in counts.items():
         assert count == min(160, tasks.cell_size(cell) - held_out[cell]), cell
 
 
@@ -148,7 +176,8 @@ def test_even_counts_by_hand():
 
 
 @pytest.mark.parametrize(
-    "expression, answer", [("2 + 3 * 4", 14), ("2 - 3 * 4 - 5", -15), ("2 * 3 - 4 * 5", -14), ("7 - 8 + 9", 8)]
+    "expression, answer",
+    [("2 + 3 * 4", 14), ("2 - 3 * 4 - 5", -15), ("2 * 3 - 4 * 5", -14), ("7 - 8 + 9", 8)],
 )
 def test_products_come_first(expression, answer):
     assert tasks.evaluate(expression) == answer
@@ -160,7 +189,7 @@ def test_the_files_can_be_made_again(tmp_path, capsys):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
 
 
-# ---------------------------------------------------------------- what the embedded policy is taught
+# --------------------------------------------------------------- what the embedded policy is taught
 def expression_of(question):
     return re.search(r"\d+(?: [+*-] \d+)+", question)[0]
 
@@ -175,7 +204,8 @@ def test_demonstrations_never_show_a_held_out_expression(policy, monkeypatch):
     assert len(held_out) > 1024 and not shown() & held_out
     monkeypatch.setattr(tiny, "HELD_OUT", set())
     if policy != "calculator":  # it draws from millions of expressions
-        assert len(shown() & held_out) > 30  # so the draw above would have met them, had they not been refused
+        # so the draw above would have met them, had they not been refused
+        assert len(shown() & held_out) > 30
     first = expression_of(tiny.POLICIES[policy].demonstration(random.Random(1))[0])
     monkeypatch.setattr(tiny, "HELD_OUT", {first})
     assert expression_of(tiny.POLICIES[policy].demonstration(random.Random(1))[0]) != first
@@ -196,29 +226,42 @@ def test_demonstrations_in_the_good_form_earn_the_full_reward():
 
 
 def test_long_demonstrations_leave_length_free():
-    """The number of checks says nothing about the answer, else a change in length could be the reward's doing. All are
-    in form; good ones are right in every line, habitual ones forget or slip, and a check repeats what it checks."""
+    """The number of checks says nothing about the answer, else a change in length could be the
+    reward's doing. All are in form; good ones are right in every line, habitual ones forget or
+    slip, and a check repeats what it checks."""
     rng, checks = random.Random(3), {0.0: [], 1.0: []}
     for _ in range(4000):
         question, good, habit = tiny.long_demonstration(rng)
         answer = str(value(expression_of(question)))
-        assert train.accuracy_reward(good, answer) == train.format_reward(good) == train.format_reward(habit) == 1
+        assert (
+            train.accuracy_reward(good, answer)
+            == train.format_reward(good)
+            == train.format_reward(habit)
+            == 1
+        )
         chains = habit.removeprefix("<think>").partition("</think>")[0].split("\nCheck: ")
         assert len(set(chains)) == 1
         assert all(value(line.split("=")[0]) == int(line.split("=")[1]) for line in chain_of(good))
         checks[train.accuracy_reward(habit, answer)].append(len(chains) - 1)
     wrong, right = checks[0.0], checks[1.0]
     assert 0.2 < len(right) / 4000 < 0.5 and max(right) == max(wrong) == 3
-    assert abs(sum(right) / len(right) - sum(wrong) / len(wrong)) < 0.08  # 0.73 on average, standard error 0.03
+    # 0.73 on average, standard error 0.03
+    assert abs(sum(right) / len(right) - sum(wrong) / len(wrong)) < 0.08
 
 
 def chain_of(completion):
-    return completion.removeprefix("<think>").partition("</think>")[0].replace("Check: ", "").splitlines()
+    return (
+        completion.removeprefix("<think>")
+        .partition("</think>")[0]
+        .replace("Check: ", "")
+        .splitlines()
+    )
 
 
 def test_calculator_demonstrations_are_what_the_experiment_makes_of_them():
-    """Every result is the environment's own; good dialogues earn the full reward, but for those that recover from a
-    malformed call; habitual ones call in a third of the cases, and do not know the answer where they do not."""
+    """Every result is the environment's own; good dialogues earn the full reward, but for those
+    that recover from a malformed call; habitual ones call in a third of the cases, and do not know
+    the answer where they do not."""
     rng, called, slipped, known = random.Random(2), [], 0, 0
     for _ in range(2000):
         question, good, habit = tiny.calculator_demonstration(rng)
@@ -228,7 +271,9 @@ def test_calculator_demonstrations_are_what_the_experiment_makes_of_them():
                 result = tool.calculator.run_call(tool.calculator.parse_call(turn))[1]
                 assert reply == result or (reply == tool.calculator.BROKEN and dialogue is habit)
             assert tool.calculator.parse_call(dialogue[-1]) is None
-        assert tool.train.accuracy_reward(good[-1], answer) == tool.train.format_reward(good[-1]) == 1
+        assert (
+            tool.train.accuracy_reward(good[-1], answer) == tool.train.format_reward(good[-1]) == 1
+        )
         assert good[-3] == tiny.calculator_call(expression_of(question)) and good[-2] == answer
         slipped += len(good) > 3
         called.append(len(habit) > 1)
@@ -237,7 +282,8 @@ def test_calculator_demonstrations_are_what_the_experiment_makes_of_them():
 
 
 def test_calculator_dialogues_are_tokenised_as_the_rollout_does_it():
-    """The policy learns its own turns, each with its end token, and stands behind what the environment would write."""
+    """The policy learns its own turns, each with its end token, and stands behind what the
+    environment would write."""
     policy = tiny.POLICIES["calculator"]
     tokenizer = AutoTokenizer.from_pretrained(DATA / "policy_calculator")
     dialogue = tiny.dialogue(tiny.calculator_call("12 * 345"), "<answer>4140</answer>")
@@ -247,7 +293,9 @@ def test_calculator_dialogues_are_tokenised_as_the_rollout_does_it():
     first, last = ([*tokenizer(dialogue[i]).input_ids, end] for i in (0, 2))
     response = environment.ids("4140", "", end, 1000)
     assert ids == first + response + last and labels == first + [-100] * len(response) + last
-    prompt = tool.train.make_prompt("row", {"question": "What is 1 * 2?", "answer": 2}, tool.train.Config(), tokenizer)
+    prompt = tool.train.make_prompt(
+        "row", {"question": "What is 1 * 2?", "answer": 2}, tool.train.Config(), tokenizer
+    )
     assert tokenizer.decode(prompt.ids) == tiny.chat(tokenizer, policy, "What is 1 * 2?")
 
 
@@ -270,25 +318,40 @@ def test_a_policy_takes_over_the_embeddings_of_the_tokens_that_it_shares():
     start = AutoTokenizer.from_pretrained(DATA / "policy_math")
     model = tiny.make_model(tokenizer, tiny.Config())
     tiny.load_start(model, tokenizer, DATA / "policy_math")
-    old = AutoModelForCausalLM.from_pretrained(DATA / "policy_math", dtype=torch.float32).get_input_embeddings().weight
+    old = (
+        AutoModelForCausalLM.from_pretrained(DATA / "policy_math", dtype=torch.float32)
+        .get_input_embeddings()
+        .weight
+    )
     new = model.get_input_embeddings().weight
     for token in ("7", "<answer>", "<|im_end|>"):
-        assert new[tokenizer.convert_tokens_to_ids(token)].equal(old[start.convert_tokens_to_ids(token)])
+        assert new[tokenizer.convert_tokens_to_ids(token)].equal(
+            old[start.convert_tokens_to_ids(token)]
+        )
     assert model.lm_head.weight is new  # tied still
 
 
 def test_system_prompts_agree():
     """An embedded policy answers only the system prompt that it was taught with."""
     prompts = {name: policy.system_prompt for name, policy in tiny.POLICIES.items()}
-    assert prompts.pop("calculator") == tool.train.Config().system_prompt + tool.calculator.TOOL_PROMPT
+    assert (
+        prompts.pop("calculator") == tool.train.Config().system_prompt + tool.calculator.TOOL_PROMPT
+    )
     assert prompts.pop("qa").endswith("</tool_call>")  # see test_qa.py
     assert set(prompts.values()) == {train.Config().system_prompt}
 
 
 def test_embedded_chat_template_renders_what_train_py_tokenises():
     tokenizer = tiny.make_tokenizer(tiny.POLICIES["math"], 400, random.Random(0))
-    prompt = train.make_prompt("row", {"question": "What is 2 + 3?", "answer": 5}, train.Config(), tokenizer)
-    assert tokenizer.decode(prompt.ids) == tiny.chat(tokenizer, tiny.POLICIES["math"], "What is 2 + 3?")
-    assert tokenizer.convert_ids_to_tokens(prompt.ids)[0] == "<|im_start|>"  # special tokens, not their letters
+    prompt = train.make_prompt(
+        "row", {"question": "What is 2 + 3?", "answer": 5}, train.Config(), tokenizer
+    )
+    assert tokenizer.decode(prompt.ids) == tiny.chat(
+        tokenizer, tiny.POLICIES["math"], "What is 2 + 3?"
+    )
+    # special tokens, not their letters
+    assert tokenizer.convert_ids_to_tokens(prompt.ids)[0] == "<|im_start|>"
     tags = tokenizer("<think>1</think>\n<answer>23</answer>").input_ids
-    assert tokenizer.decode(tags, skip_special_tokens=True) == "<think>1</think>\n<answer>23</answer>"
+    assert (
+        tokenizer.decode(tags, skip_special_tokens=True) == "<think>1</think>\n<answer>23</answer>"
+    )

@@ -1,8 +1,8 @@
-"""Trajectories of several turns: exact log-probs, masks, real chat templates, budgets, rewards, figures.
+"""Trajectories of several turns: exact log-probs, masks, real chat templates, budgets, rewards,
+figures.
 
-Every test runs in both multi-turn experiments, with the calculator as the tool; what they do not share is tested in
-test_calculator.py, test_search.py and test_qa.py.
-"""
+Every test runs in both multi-turn experiments, with the calculator as the tool; what they do not
+share is tested in test_calculator.py, test_search.py and test_qa.py."""
 
 import ast
 import itertools
@@ -16,12 +16,21 @@ from helpers import ARCHITECTURES, ROOT, chat_template, load_experiment, make_mo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_run import checkpoints, fingerprint, metrics, read_weights, reward_by, run_main
-from test_sampling import END, TEMPLATES, ScriptedPolicy, generator_of, make_tokenizer, many_ends, only
+from test_sampling import (
+    END,
+    TEMPLATES,
+    ScriptedPolicy,
+    generator_of,
+    make_tokenizer,
+    many_ends,
+    only,
+)
 
 EXPERIMENTS = ["experiment_multiturn_tool_calling", "experiment_multiturn_qa"]
 experiment = load_experiment(EXPERIMENTS[0])
 train, calculator = experiment.train, experiment.calculator.calculator
-HEADER, QWEN = TEMPLATES["qwen2_5"][2], make_tokenizer(chat_template("qwen2_5"), TEMPLATES["qwen2_5"][0])
+HEADER = TEMPLATES["qwen2_5"][2]
+QWEN = make_tokenizer(chat_template("qwen2_5"), TEMPLATES["qwen2_5"][0])
 
 
 @pytest.fixture(autouse=True, params=EXPERIMENTS)
@@ -35,7 +44,8 @@ def is_qa():
 
 
 def tool(text):
-    """The calculator; where the tool is a search, an expression that cannot be computed is one that finds nothing."""
+    """The calculator; where the tool is a search,
+    an expression that cannot be computed is one that finds nothing."""
     result = calculator(text)
     return experiment.search.NOTHING if is_qa() and result.startswith("Error") else result
 
@@ -51,7 +61,11 @@ def as_answer(text):
 
 
 def function(text):
-    return {"name": "search", "arguments": {"query": text}} if is_qa() else call_of_the_calculator(text)
+    return (
+        {"name": "search", "arguments": {"query": text}}
+        if is_qa()
+        else call_of_the_calculator(text)
+    )
 
 
 def call_of_the_calculator(text):
@@ -63,7 +77,9 @@ def call(text):
 
 
 def prompt_of(question, answer, tokenizer=QWEN):
-    return train.make_prompt("row", {"question": question, "answer": answer}, config_of(), tokenizer)
+    return train.make_prompt(
+        "row", {"question": question, "answer": answer}, config_of(), tokenizer
+    )
 
 
 def encode(text, tokenizer=QWEN):
@@ -78,7 +94,8 @@ def scripted(next_logits):
 
 
 def plays(scripts: dict, header=HEADER, tokenizer=QWEN):
-    """A policy that says, turn by turn, what the script of its prompt says: {tuple of prompt ids: [ids of a turn]}."""
+    """A policy that says, turn by turn, what the script of its prompt says:
+    {tuple of prompt ids: [ids of a turn]}."""
     header = encode(header, tokenizer)
 
     def next_logits(row):
@@ -97,12 +114,13 @@ def plays(scripts: dict, header=HEADER, tokenizer=QWEN):
 
 
 def play(*dialogues, tokenizer=QWEN, header=HEADER, **changes):
-    """The trajectories of dialogues, each (question, answer, turns): texts that end with the end token, or lists of ids
-    that say themselves where they end."""
+    """The trajectories of dialogues, each (question, answer, turns): texts that end with the end
+    token, or lists of ids that say themselves where they end."""
     prompts = [prompt_of(question, answer, tokenizer) for question, answer, _ in dialogues]
     scripts = {
         tuple(prompt.ids): [
-            encode(turn, tokenizer) + [tokenizer.eos_token_id] if isinstance(turn, str) else turn for turn in turns
+            encode(turn, tokenizer) + [tokenizer.eos_token_id] if isinstance(turn, str) else turn
+            for turn in turns
         ]
         for prompt, (_, _, turns) in zip(prompts, dialogues)
     }
@@ -118,8 +136,13 @@ def whole(trajectory, tokenizer=QWEN):
 # ---------------------------------------------------------------- exactness
 def random_tool(monkeypatch, longest_result=8):
     """Three turns in four, by their text, call a tool whose results differ in length."""
-    monkeypatch.setattr(train, "parse_call", lambda turn: {"text": turn} if len(turn.encode()) % 4 else None)
-    reply = lambda call, tool: ("ok", "result " * (hash_of(call["text"]) % longest_result))  # noqa: E731
+    monkeypatch.setattr(
+        train, "parse_call", lambda turn: {"text": turn} if len(turn.encode()) % 4 else None
+    )
+    reply = lambda call, tool: (  # noqa: E731
+        "ok",
+        "result " * (hash_of(call["text"]) % longest_result),
+    )
     monkeypatch.setattr(train, "run_call", reply)
 
 
@@ -128,26 +151,39 @@ def hash_of(text):
 
 
 def random_trajectories(model, monkeypatch, tokenizer=None, group_size=8, **changes):
-    """Trajectories of a model with random weights, 1 to 4 turns, and all three statuses among them."""
+    """Trajectories of a model with random weights, 1 to 4 turns,
+    and all three statuses among them."""
     random_tool(monkeypatch)
     tokenizer = tokenizer or make_tokenizer(chat_template("qwen2_5"), TEMPLATES["qwen2_5"][0])
-    prompts = [train.Prompt(list(range(40, 40 + length)), as_answer("42")) for length in (5, 17, 30)]
-    settings = dict(max_new_tokens=24, max_length=600, temperature=0.7, group_size=group_size, rollouts_per_step=3)
+    prompts = [
+        train.Prompt(list(range(40, 40 + length)), as_answer("42")) for length in (5, 17, 30)
+    ]
+    settings = dict(
+        max_new_tokens=24,
+        max_length=600,
+        temperature=0.7,
+        group_size=group_size,
+        rollouts_per_step=3,
+    )
     config = config_of(**{**settings, **changes}, train_batch_size=3 * group_size)
-    return train.rollout(many_ends(model), tokenizer, prompts, group_size, config, generator_of(), tool=tool), config
+    return train.rollout(
+        many_ends(model), tokenizer, prompts, group_size, config, generator_of(), tool=tool
+    ), config
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_training_forward_gives_the_sampled_log_probs(architecture, attention, monkeypatch):
-    """Three tool turns, rows of mixed length and status, temperature 0.7: 1e-4 on every sampled token. Bugs: the turns
-    trained on without the tool's messages between them (re-grpo), positions or masks that a turn shifts, a cache that
-    keeps rows of others."""
+    """Three tool turns, rows of mixed length and status, temperature 0.7: 1e-4 on every sampled
+    token. Bugs: the turns trained on without the tool's messages between them (re-grpo), positions
+    or masks that a turn shifts, a cache that keeps rows of others."""
     model = make_model(architecture, attention)
     experiences, config = random_trajectories(model, monkeypatch)
     trajectories = [t for e in experiences for t in e.trajectories]
     assert {t.status for t in trajectories} == {"answered", "max_turns", "truncated"}
-    assert {len(t.turns) for t in trajectories} >= {1, 2, 4} and len({len(t.ids) for t in trajectories}) > 9
+    assert {len(t.turns) for t in trajectories} >= {1, 2, 4} and len(
+        {len(t.ids) for t in trajectories}
+    ) > 9
     for e in experiences:
         e.advantages = torch.ones(config.group_size)
     replay_buffer = experiment.replay_buffer.ReplayBuffer()
@@ -165,16 +201,21 @@ def test_the_training_forward_gives_the_sampled_log_probs(architecture, attentio
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sampled_log_probs_are_those_of_a_plain_forward(architecture, monkeypatch):
-    """The same against one unpadded forward of each whole trajectory, at every token that was sampled."""
+    """The same against one unpadded forward of each whole trajectory,
+    at every token that was sampled."""
     model = make_model(architecture)
     experiences, config = random_trajectories(model, monkeypatch)
     for trajectory in (t for e in experiences for t in e.trajectories):
         ids = torch.tensor(trajectory.prompt.ids + trajectory.ids)
         with torch.no_grad():
             logits = model(ids[None]).logits[0, :-1] / config.temperature
-        expected = logits.log_softmax(-1).gather(1, ids[1:, None])[len(trajectory.prompt.ids) - 1 :, 0]
+        expected = logits.log_softmax(-1).gather(1, ids[1:, None])[
+            len(trajectory.prompt.ids) - 1 :, 0
+        ]
         sampled = torch.tensor(trajectory.mask).bool()
-        torch.testing.assert_close(torch.tensor(trajectory.log_probs)[sampled], expected[sampled], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(trajectory.log_probs)[sampled], expected[sampled], atol=1e-4, rtol=0
+        )
 
 
 def test_the_mask_counts_what_was_sampled_and_nothing_else(monkeypatch):
@@ -185,11 +226,16 @@ def test_the_mask_counts_what_was_sampled_and_nothing_else(monkeypatch):
     assert len(sampled) == 4
     tokens = sum(len(ids) for turn_ids, _ in sampled for ids in turn_ids)
     assert sum(mask.sum().item() for e in experiences for mask in e.masks) == tokens
-    in_order = [ids.tolist() for ids in sampled[0][0]]  # of the first turn: the beginnings of the trajectories
+    # of the first turn: the beginnings of the trajectories
+    in_order = [ids.tolist() for ids in sampled[0][0]]
     trajectories = [t for e in experiences for t in e.trajectories]
     for first, trajectory in zip(in_order, trajectories):
-        assert trajectory.ids[: len(first)] == first and trajectory.mask[: len(first)] == [1] * len(first)
-    assert all(len(t.ids) == len(t.mask) == len(t.log_probs) and t.mask[-1] == 1 for t in trajectories)
+        assert trajectory.ids[: len(first)] == first and trajectory.mask[: len(first)] == [1] * len(
+            first
+        )
+    assert all(
+        len(t.ids) == len(t.mask) == len(t.log_probs) and t.mask[-1] == 1 for t in trajectories
+    )
     assert all((p != 0) == bool(m) for t in trajectories for p, m in zip(t.log_probs, t.mask))
 
 
@@ -197,14 +243,19 @@ def test_every_turn_begins_with_the_whole_history(monkeypatch):
     """Pitfall 27: turn n's ids are a prefix of turn n + 1's; history is never rendered again."""
     histories, sample = [], train.sample
     monkeypatch.setattr(
-        train, "sample", lambda policy, rows, *rest: histories.append(rows) or sample(policy, rows, *rest)
+        train,
+        "sample",
+        lambda policy, rows, *rest: histories.append(rows) or sample(policy, rows, *rest),
     )
     experiences, _ = random_trajectories(make_model(), monkeypatch)
     rows = [t.prompt.ids + t.ids for e in experiences for t in e.trajectories]
     for turn_rows in histories:
         assert all(any(row[: len(history)] == history for row in rows) for history in turn_rows)
-    assert [len(turn_rows) for turn_rows in histories] == sorted([len(h) for h in histories], reverse=True)
-    assert len(histories[0]) == 24 > len(histories[3]) > 0  # all that are still active, sampled together
+    assert [len(turn_rows) for turn_rows in histories] == sorted(
+        [len(h) for h in histories], reverse=True
+    )
+    # all that are still active, sampled together
+    assert len(histories[0]) == 24 > len(histories[3]) > 0
 
 
 def test_environment_tokens_are_in_no_loss_no_kl_and_no_denominator(monkeypatch):
@@ -214,7 +265,9 @@ def test_environment_tokens_are_in_no_loss_no_kl_and_no_denominator(monkeypatch)
     def figures(change):
         for e in experiences:
             e.advantages = torch.linspace(-1, 1, config.group_size)
-            e.sampled_log_probs = [torch.where(m.bool(), p, change) for m, p in zip(e.masks, e.sampled_log_probs)]
+            e.sampled_log_probs = [
+                torch.where(m.bool(), p, change) for m, p in zip(e.masks, e.sampled_log_probs)
+            ]
         replay_buffer = experiment.replay_buffer.ReplayBuffer()
         replay_buffer.extend(experiences)
         ((*micro_batches,),) = replay_buffer.batches(config, True, generator_of())
@@ -223,21 +276,26 @@ def test_environment_tokens_are_in_no_loss_no_kl_and_no_denominator(monkeypatch)
             micro_batch.old_log_probs = micro_batch.sampled_log_probs
             micro_batch.reference_log_probs = micro_batch.sampled_log_probs - 0.1
             losses.append(
-                experiment.loss.GRPOLoss(0.2, 0.2, 0.01)(micro_batch.sampled_log_probs + 0.05, micro_batch)[0]
+                experiment.loss.GRPOLoss(0.2, 0.2, 0.01)(
+                    micro_batch.sampled_log_probs + 0.05, micro_batch
+                )[0]
             )
         weights = torch.cat([micro_batch.weights for micro_batch in micro_batches])
         return sum(losses).item(), weights.sum().item()
 
     (loss, weights), changed = figures(0.0), figures(-7.0)
     assert (loss, weights) == changed
-    assert weights == pytest.approx(1, abs=1e-5)  # 1 / (sampled tokens x trajectories) each: they sum to 1
+    # 1 / (sampled tokens x trajectories) each: they sum to 1
+    assert weights == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("sample_rows", [6, 7, 256])
 def test_sample_rows_bounds_each_turn(sample_rows, monkeypatch):
     sizes, sample = [], train.sample
     monkeypatch.setattr(
-        train, "sample", lambda policy, rows, *rest: sizes.append(len(rows)) or sample(policy, rows, *rest)
+        train,
+        "sample",
+        lambda policy, rows, *rest: sizes.append(len(rows)) or sample(policy, rows, *rest),
     )
     experiences, _ = random_trajectories(make_model(), monkeypatch, sample_rows=sample_rows)
     assert max(sizes) == min(sample_rows, 24) and len(experiences) == 3
@@ -246,8 +304,8 @@ def test_sample_rows_bounds_each_turn(sample_rows, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 def test_remembered_turns_and_turns_that_are_prefilled_anew_agree(architecture, monkeypatch):
-    """The same ids from the same random numbers. Bugs: a gap in the cache that is seen, positions that count it, the
-    cache of another row."""
+    """The same ids from the same random numbers. Bugs: a gap in the cache that is seen, positions
+    that count it, the cache of another row."""
     model = make_model(architecture)
     remembered, _ = random_trajectories(model, monkeypatch)
     monkeypatch.setattr(train, "can_pack", lambda *_: False)
@@ -262,16 +320,21 @@ def test_a_turn_forwards_what_is_new_and_nothing_else(monkeypatch):
     model, shapes = make_model(), []
     forward = model.forward
     monkeypatch.setattr(
-        model, "forward", lambda ids, **arguments: shapes.append(tuple(ids.shape)) or forward(ids, **arguments)
+        model,
+        "forward",
+        lambda ids, **arguments: shapes.append(tuple(ids.shape)) or forward(ids, **arguments),
     )
     experiences, _ = random_trajectories(model, monkeypatch)
-    replies = [[] for _ in range(3)]  # tokens of the first, second and third result of every trajectory, and one more:
-    for trajectory in (t for e in experiences for t in e.trajectories):  # the end of the turn, sampled, not forwarded
+    # tokens of the first, second and third result of every trajectory, and one more:
+    # the end of the turn, sampled, not forwarded
+    replies = [[] for _ in range(3)]
+    for trajectory in (t for e in experiences for t in e.trajectories):
         runs = [len([*run]) for sampled, run in itertools.groupby(trajectory.mask) if not sampled]
         for turn, length in enumerate(runs):
             replies[turn].append(length + 1)
     prefills = [shape for shape in shapes if shape[1] > 1]
-    assert prefills[:2] == [(1, 4), (3, 26)]  # what the prompts of 5, 17 and 30 tokens begin with, and the rest
+    # what the prompts of 5, 17 and 30 tokens begin with, and the rest
+    assert prefills[:2] == [(1, 4), (3, 26)]
     assert [width for _, width in prefills[2:]] == [max(lengths) for lengths in replies]
     assert all(rows <= len(lengths) for (rows, _), lengths in zip(prefills[2:], replies))
 
@@ -282,20 +345,27 @@ def test_equal_histories_are_prefilled_once():
     turns = [encode(text) + [END] for text in (call("12 * 3"), "<answer>36</answer>")]
     policy = plays({tuple(prompt.ids): turns})
     (experience,) = train.rollout(policy, QWEN, [prompt], 8, config_of(), generator_of(), tool=tool)
-    assert policy.rows_seen == [1, 1] and [t.status for t in experience.trajectories] == ["answered"] * 8
+    assert (
+        policy.rows_seen == [1, 1]
+        and [t.status for t in experience.trajectories] == ["answered"] * 8
+    )
 
 
 # ---------------------------------------------------------------- chat templates
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_canonical_trajectory_is_the_templates_own_rendering(name):
-    """Pitfalls 8 and 28: no lost newline, no doubled end of turn, one BOS. Token for token, not only as text."""
+    """Pitfalls 8 and 28: no lost newline, no doubled end of turn, one BOS.
+    Token for token, not only as text."""
     special, bos, header = TEMPLATES[name]
     tokenizer = make_tokenizer(chat_template(name), special, bos)
     turns = [call("12 * 3"), f"Once more.\n{call('36 * 2')}", "<answer>72</answer>"]
     (trajectory,) = play(("What is 12 * 3 * 2?", 72, turns), tokenizer=tokenizer, header=header)
     assert trajectory.status == "answered" and trajectory.outcomes == ["ok", "ok"]
     system = train.Config().system_prompt + train.TOOL_PROMPT
-    chat = [{"role": "system", "content": system}, {"role": "user", "content": "What is 12 * 3 * 2?"}]
+    chat = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": "What is 12 * 3 * 2?"},
+    ]
     for turn, result in zip(turns, ("36", "72", None)):
         chat.append({"role": "assistant", "content": turn})
         chat.append({"role": "user", "content": f"<tool_response>\n{result}\n</tool_response>"})
@@ -305,7 +375,10 @@ def test_a_canonical_trajectory_is_the_templates_own_rendering(name):
         text = text.replace("<think>\n\n</think>\n\n", "")
     ids = trajectory.prompt.ids + trajectory.ids
     expected = encode(text, tokenizer)
-    assert ids == expected[: len(ids)] and len(encode(text[len(tokenizer.decode(ids)) :].strip(), tokenizer)) <= 1
+    assert (
+        ids == expected[: len(ids)]
+        and len(encode(text[len(tokenizer.decode(ids)) :].strip(), tokenizer)) <= 1
+    )
     assert ids.count(tokenizer.bos_token_id) == (1 if bos else 0)
 
 
@@ -318,19 +391,31 @@ def test_on_qwen_it_is_the_native_rendering_of_tools(name):
     chat = [
         {"role": "system", "content": train.Config().system_prompt},
         {"role": "user", "content": "What is 12 * 3?"},
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function("12 * 3")}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": function("12 * 3")}],
+        },
         {"role": "tool", "name": function("")["name"], "content": "36"},
         {"role": "assistant", "content": "<answer>36</answer>"},
     ]
-    tools = [transformers.utils.get_json_schema(experiment.search.search if is_qa() else calculator)]
-    text = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False).replace("<think>\n\n</think>\n\n", "")
+    tools = [
+        transformers.utils.get_json_schema(experiment.search.search if is_qa() else calculator)
+    ]
+    text = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False).replace(
+        "<think>\n\n</think>\n\n", ""
+    )
     assert text == whole(trajectory, tokenizer) + "\n"
 
 
 def test_qwen3s_thinking_survives_in_history():
-    """Pitfall 27: its template strips <think> from all turns but the last when history is rendered again."""
+    """Pitfall 27: its template strips <think> from all turns but the last when history is rendered
+    again."""
     tokenizer = make_tokenizer(chat_template("qwen3"), TEMPLATES["qwen3"][0])
-    turns = [f"<think>\nA product.\n</think>\n\n{call('12 * 3')}", "<think>\nGot it.\n</think>\n\n<answer>36</answer>"]
+    turns = [
+        f"<think>\nA product.\n</think>\n\n{call('12 * 3')}",
+        "<think>\nGot it.\n</think>\n\n<answer>36</answer>",
+    ]
     (trajectory,) = play(("What is 12 * 3?", 36, turns), tokenizer=tokenizer)
     assert whole(trajectory, tokenizer).count("A product.") == 1 and trajectory.status == "answered"
     assert trajectory.turns == turns
@@ -343,30 +428,45 @@ def test_a_split_that_the_tokenizer_would_not_make_survives():
     odd = [*encode(before), four, two, *encode(after), END]
     assert both in encode(call("42 * 3")) and both not in odd
     (trajectory,) = play(("What is 42 * 3?", 126, [odd, "<answer>126</answer>"]))
-    assert trajectory.ids[: len(odd)] == odd and trajectory.outcomes == ["ok"] and trajectory.status == "answered"
+    assert (
+        trajectory.ids[: len(odd)] == odd
+        and trajectory.outcomes == ["ok"]
+        and trajectory.status == "answered"
+    )
 
 
 def test_the_end_of_a_turn_is_written_once():
-    """By the policy, where it ends its turn with the template's token; else, after another end token, by the
-    environment."""
+    """By the policy, where it ends its turn with the template's token; else, after another end
+    token, by the environment."""
     (ended,) = play(("What is 12 * 3?", 36, [call("12 * 3"), "<answer>36</answer>"]))
-    assert ended.ids.count(END) == 3 and whole(ended).count("<|im_end|>\n<|im_end|>") == 0  # turn, result, turn
+    # turn, result, turn
+    assert ended.ids.count(END) == 3 and whole(ended).count("<|im_end|>\n<|im_end|>") == 0
     policy_end = QWEN.convert_tokens_to_ids("<pad>")
     tokenizer = make_tokenizer(chat_template("qwen2_5"), TEMPLATES["qwen2_5"][0])
     tokenizer.eos_token = "<pad>"  # as <|endoftext|> of a Qwen base model
-    (other,) = play(("What is 12 * 3?", 36, [call("12 * 3"), "<answer>36</answer>"]), tokenizer=tokenizer)
+    (other,) = play(
+        ("What is 12 * 3?", 36, [call("12 * 3"), "<answer>36</answer>"]), tokenizer=tokenizer
+    )
     first = len(encode(call("12 * 3")))
-    assert other.ids[first : first + 2] == [policy_end, END] and other.mask[first : first + 2] == [1, 0]
+    assert other.ids[first : first + 2] == [policy_end, END] and other.mask[first : first + 2] == [
+        1,
+        0,
+    ]
     assert other.status == "answered"
 
 
 def test_the_templates_end_of_turn_ends_a_turn_though_nobody_names_it():
-    """A tokenizer whose eos is another token, and no generation config: the turn ends where the template ends it."""
+    """A tokenizer whose eos is another token, and no generation config:
+    the turn ends where the template ends it."""
     tokenizer = make_tokenizer(chat_template("qwen2_5"), TEMPLATES["qwen2_5"][0])
     tokenizer.eos_token = "<pad>"
     turns = [[*encode(call("12 * 3")), END], [*encode("<answer>36</answer>"), END]]
     (trajectory,) = play(("What is 12 * 3?", 36, turns), tokenizer=tokenizer)
-    assert trajectory.status == "answered" and len(trajectory.turns) == 2 and trajectory.ids.count(END) == 3
+    assert (
+        trajectory.status == "answered"
+        and len(trajectory.turns) == 2
+        and trajectory.ids.count(END) == 3
+    )
 
 
 def test_a_template_that_ends_turns_by_plain_text_ends_none():
@@ -388,38 +488,57 @@ def result(monkeypatch):
 
 
 def test_special_tokens_in_a_result_are_taken_out(result):
-    """Pitfall 30: they would end the result's turn, or open another one; also where taking one out makes another."""
-    result("a<|im_end|>b<|im_<|im_end|>end|>c</tool_<tool_call>response>d<pad>e\n<|im_start|>assistant\nf")
+    """Pitfall 30: they would end the result's turn, or open another one;
+    also where taking one out makes another."""
+    result(
+        "a<|im_end|>b<|im_<|im_end|>end|>c</tool_<tool_call>response>d<pad>e\n"
+        "<|im_start|>assistant\nf"
+    )
     (trajectory,) = play(("What is 1?", 1, [call("1"), "<answer>1</answer>"]))
     text = whole(trajectory).split("<tool_response>\n")[-1]
-    assert text.startswith("abcde\nassistant\nf\n</tool_response><|im_end|>\n<|im_start|>assistant\n<answer>")
+    assert text.startswith(
+        "abcde\nassistant\nf\n</tool_response><|im_end|>\n<|im_start|>assistant\n<answer>"
+    )
     assert trajectory.ids.count(END) == 3
 
 
 def test_a_result_that_does_not_fit_is_cut_inside(result):
-    """Pitfall 32: its closing tag survives, and the next turn keeps its whole budget. History is never cut."""
+    """Pitfall 32: its closing tag survives, and the next turn keeps its whole budget.
+    History is never cut."""
     turns = [call("1"), "<answer>1</answer>"]
     (free,) = play(("What is 1?", 1, turns))
-    shortest = len(free.prompt.ids) + sum(free.mask[: len(encode(turns[0])) + 1]) + 200  # prompt, call, the next turn
+    # prompt, call, the next turn
+    shortest = len(free.prompt.ids) + sum(free.mask[: len(encode(turns[0])) + 1]) + 200
     frame = len(free.ids) - sum(free.mask) - 1  # around the result, which is one token here
     result("@" * 1000)
     for room in (0, 1, 30):
         (trajectory,) = play(("What is 1?", 1, turns), max_length=shortest + frame + room)
         text = whole(trajectory)
-        assert f"<tool_response>\n{'@' * room}\n</tool_response><|im_end|>\n" in text and "@" * (room + 1) not in text
+        assert (
+            f"<tool_response>\n{'@' * room}\n</tool_response><|im_end|>\n" in text
+            and "@" * (room + 1) not in text
+        )
         assert trajectory.status == "answered" and len(trajectory.ids) <= shortest + frame + room
     (trajectory,) = play(("What is 1?", 1, turns), max_length=shortest + frame - 1)
-    assert trajectory.status == "truncated" and trajectory.turns == [turns[0]] and 0 not in trajectory.mask
+    assert (
+        trajectory.status == "truncated"
+        and trajectory.turns == [turns[0]]
+        and 0 not in trajectory.mask
+    )
 
 
 def test_a_note_survives_a_cut_result(result):
     result("@" * 1000)
     turns = [call("1"), "<answer>1</answer>"]
-    (trajectory,) = play(("What is 1?", 1, turns), max_turns=2, max_length=len(prompt_of("What is 1?", 1).ids) + 500)
+    (trajectory,) = play(
+        ("What is 1?", 1, turns), max_turns=2, max_length=len(prompt_of("What is 1?", 1).ids) + 500
+    )
     assert "@@@\nThat was the last call: answer now.\n</tool_response>" in whole(trajectory)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.text(), st.integers(0, 80))
 def test_any_result_fits_or_is_refused(text, room):
     environment = train.Environment(QWEN)
@@ -433,7 +552,8 @@ def test_any_result_fits_or_is_refused(text, room):
 
 # ---------------------------------------------------------------- how a trajectory ends
 def test_statuses():
-    """Answered, out of turns, cut off; and the result before the last turn says that it is the last."""
+    """Answered, out of turns, cut off; and the result before the last turn says that it is the
+    last."""
     one, last = call("1 + 1"), "<answer>2</answer>"
     answered, called, cut, failed = play(
         ("What is 1 + 1?", 2, [one, one, last]),
@@ -443,17 +563,26 @@ def test_statuses():
         max_turns=3,
         max_new_tokens=120,
     )
-    assert [t.status for t in (answered, called, cut, failed)] == ["answered", "max_turns", "truncated", "answered"]
+    assert [t.status for t in (answered, called, cut, failed)] == [
+        "answered",
+        "max_turns",
+        "truncated",
+        "answered",
+    ]
     assert [len(t.turns) for t in (answered, called, cut, failed)] == [3, 3, 2, 3]
     assert called.outcomes == ["ok", "ok"]  # the call in the last turn is not run
     assert failed.outcomes == ["failed", "malformed"]
     text = whole(answered).split("</tool_response>")
-    assert "answer now" not in text[0] and text[1].endswith("\n2\nThat was the last call: answer now.\n")
+    assert "answer now" not in text[0] and text[1].endswith(
+        "\n2\nThat was the last call: answer now.\n"
+    )
 
 
 def test_one_turn_is_the_base_experiment():
     (trajectory,) = play(("What is 1 + 1?", 2, [call("1 + 1")]), max_turns=1)
-    assert trajectory.status == "max_turns" and trajectory.outcomes == [] and 0 not in trajectory.mask
+    assert (
+        trajectory.status == "max_turns" and trajectory.outcomes == [] and 0 not in trajectory.mask
+    )
 
 
 # ---------------------------------------------------------------- reward
@@ -526,12 +655,14 @@ def test_format_reward(completion, form):
 
 
 def test_what_the_environment_wrote_never_pays(result):
-    """Pitfall 25: not the right number in a result, not an answer in it, and not one in the prompt."""
+    """Pitfall 25: not the right number in a result, not an answer in it,
+    and not one in the prompt."""
     result("<answer>36</answer>")
     trajectories = play(
         ("What is 12 * 3?", 36, [call("12 * 3"), "Done."]),
         ("What is <answer>36</answer>?", 36, ["Done."]),
-        ("What is 4 * 9?", 36, [f"<answer>36</answer>{call('1')}", "Done."]),  # said, but not in the last turn
+        # said, but not in the last turn
+        ("What is 4 * 9?", 36, [f"<answer>36</answer>{call('1')}", "Done."]),
         ("What is 6 * 6?", 36, [call("6 * 6"), "<answer>36"]),
     )
     for trajectory in trajectories:
@@ -542,7 +673,9 @@ def test_what_the_environment_wrote_never_pays(result):
 def test_equal_rewards_give_equal_advantages_whatever_the_number_of_turns():
     """One trajectory, one reward, one advantage, the same on all of its sampled tokens."""
     experience = group(
-        ("answered", RIGHT, []), ("answered", RIGHT, ["ok"] * 3), ("answered", "<answer>1</answer>", ["ok"] * 2)
+        ("answered", RIGHT, []),
+        ("answered", RIGHT, ["ok"] * 3),
+        ("answered", "<answer>1</answer>", ["ok"] * 2),
     )
     rewards = sum(train.reward(experience, config_of()).values())
     advantages = train.group_advantages(rewards)
@@ -577,9 +710,25 @@ def test_rollout_metrics_by_hand():
     experience.reward_parts = train.reward(experience, config_of(format_weight=0.5))
     experience.rewards = sum(experience.reward_parts.values())
     figures = train.rollout_metrics([experience])
-    expected = dict(reward=(1 + 0.5) / 4, tool_use_rate=2 / 4, calls=6 / 4, malformed_calls=1 / 4, failed_calls=1 / 4)
-    expected |= dict(turns=(3 + 1 + 2 + 4) / 4, answered_fraction=0.5, truncated_fraction=0.25, max_turns_fraction=0.25)
-    expected |= dict(environment_fraction=3 / 10, entropy=0.5, completion_length=7 / 4, completion_length_correct=2)
+    expected = dict(
+        reward=(1 + 0.5) / 4,
+        tool_use_rate=2 / 4,
+        calls=6 / 4,
+        malformed_calls=1 / 4,
+        failed_calls=1 / 4,
+    )
+    expected |= dict(
+        turns=(3 + 1 + 2 + 4) / 4,
+        answered_fraction=0.5,
+        truncated_fraction=0.25,
+        max_turns_fraction=0.25,
+    )
+    expected |= dict(
+        environment_fraction=3 / 10,
+        entropy=0.5,
+        completion_length=7 / 4,
+        completion_length_correct=2,
+    )
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
 
 
@@ -591,12 +740,16 @@ def test_a_whole_trajectory_is_shown_turn_by_turn():
     shown = train.show_trajectory(experience, QWEN)
     parts = [part.partition("\n") for part in shown.split("--- ")[1:]]
     assert [title for title, _, _ in parts][:-1] == ["prompt", "policy", "environment", "policy"]
-    assert parts[1][2] == f"{call('12 * 3')}<|im_end|>\n" and "\n36\n</tool_response>" in parts[2][2]
+    assert (
+        parts[1][2] == f"{call('12 * 3')}<|im_end|>\n" and "\n36\n</tool_response>" in parts[2][2]
+    )
     assert parts[4][0] == "answered; right answer: 36, reward 1.10, advantage +0.70"
 
 
 # ---------------------------------------------------------------- runs
-@pytest.mark.parametrize("kind", [dict(lora_rank=4, lr=1e-2), dict(lora_rank=4, load_in_4bit=True, lr=1e-2)])
+@pytest.mark.parametrize(
+    "kind", [dict(lora_rank=4, lr=1e-2), dict(lora_rank=4, load_in_4bit=True, lr=1e-2)]
+)
 def test_adapters_and_4_bit_weights_train(kind, tmp_path, model, monkeypatch):
     experiment_name = EXPERIMENTS[is_qa()]
     reward_by(fingerprint, train, monkeypatch)
@@ -610,14 +763,20 @@ def test_adapters_and_4_bit_weights_train(kind, tmp_path, model, monkeypatch):
 
 
 # ---------------------------------------------------------------- what it shares with the base
-SAME = "make_generator prompts_of_step group_advantages sequences_log_probs token_log_probs remember_log_probs".split()
-OWN = """Prompt Trajectory Config read_prompts is_selected make_prompt parse_number accuracy_reward is_lenient_match
-given_answer reward respond evaluate rollout_metrics trajectory_metrics show_trajectory main""".split()
+SAME = """make_generator prompts_of_step group_advantages sequences_log_probs token_log_probs
+remember_log_probs""".split()
+OWN = """Prompt Trajectory Config read_prompts is_selected make_prompt parse_number accuracy_reward
+is_lenient_match given_answer reward respond evaluate rollout_metrics trajectory_metrics
+show_trajectory main""".split()
 
 
 def functions(name):
     tree = ast.parse((ROOT / name / "train.py").read_text())
-    return {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    return {
+        node.name: ast.unparse(node)
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
 
 
 def test_what_is_not_about_turns_is_the_bases():
@@ -625,12 +784,17 @@ def test_what_is_not_about_turns_is_the_bases():
     base, other = functions("experiment_base"), functions(EXPERIMENTS[is_qa()])
     assert all(base[name] == other[name] for name in SAME)
     if not is_qa():
-        assert all(base[name] == other[name] for name in ("parse_number", "accuracy_reward", "is_lenient_match"))
+        assert all(
+            base[name] == other[name]
+            for name in ("parse_number", "accuracy_reward", "is_lenient_match")
+        )
 
 
 def test_the_two_experiments_differ_in_tool_data_reward_and_metrics_alone():
     one, other = map(functions, EXPERIMENTS)
-    assert {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)} == set(OWN)
+    assert {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)} == set(
+        OWN
+    )
     for path in (ROOT / EXPERIMENTS[0]).glob("*.py"):
         if path.name not in ("train.py", "calculator.py"):
             assert (ROOT / EXPERIMENTS[1] / path.name).read_bytes() == path.read_bytes()

@@ -18,7 +18,9 @@ def write_run(folder: Path, rows: list[dict], tail: str = "") -> Path:
     return folder
 
 
-ROWS = [{"step": 0, "eval_accuracy": 0.5}] + [{"step": i, "reward": float(i), "kl": None} for i in (1, 2, 3)]
+ROWS = [{"step": 0, "eval_accuracy": 0.5}] + [
+    {"step": i, "reward": float(i), "kl": None} for i in (1, 2, 3)
+]
 
 
 def test_series_leave_out_what_was_not_logged_and_smooth():
@@ -29,7 +31,10 @@ def test_series_leave_out_what_was_not_logged_and_smooth():
 
 
 def test_a_picture_of_two_runs_one_of_them_killed(tmp_path, capsys):
-    runs = (write_run(tmp_path / "a", ROWS), write_run(tmp_path / "b", ROWS, tail='{"step": 4, "rew'))
+    runs = (
+        write_run(tmp_path / "a", ROWS),
+        write_run(tmp_path / "b", ROWS, tail='{"step": 4, "rew'),
+    )
     output = tmp_path / "runs.png"
     plot.main(plot.Options(runs, metrics=("eval_accuracy", "reward", "kl", "step"), output=output))
     assert output.read_bytes().startswith(b"\x89PNG") and str(output) in capsys.readouterr().out
@@ -38,7 +43,10 @@ def test_a_picture_of_two_runs_one_of_them_killed(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"metrics": ("reward", "rewrad")}, "rewrad: in none of the runs; they have eval_accuracy, kl, reward, step"),
+        (
+            {"metrics": ("reward", "rewrad")},
+            "rewrad: in none of the runs; they have eval_accuracy, kl, reward, step",
+        ),
         ({"runs": (Path("nowhere"),)}, "metrics.jsonl: no such file"),
         ({"runs": ()}, "name at least one run"),
         ({"smooth": 0}, "must be above 0"),

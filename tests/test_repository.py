@@ -1,4 +1,5 @@
-"""The shape of the repository: lengths, copies, what must not stand in the code, and what the README promises."""
+"""The shape of the repository: lengths, copies, what must not stand in the code,
+and what the README promises."""
 
 import ast
 import re
@@ -27,7 +28,9 @@ def test_functions_are_short():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name != "main":
                 docstring = (ast.get_docstring(node) or "").count("\n") + 1
-                assert node.end_lineno - node.lineno + 1 - docstring <= 45, f"{path.name}: {node.name}"
+                assert node.end_lineno - node.lineno + 1 - docstring <= 45, (
+                    f"{path.name}: {node.name}"
+                )
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "experiment_base"])
@@ -39,7 +42,8 @@ def test_copies_are_identical(experiment):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_nothing_runs_what_a_model_or_a_file_says(path):
-    """Pitfall 25 and untrusted checkpoints: no eval or exec, no pickles, no remote code, no shell."""
+    """Pitfall 25 and untrusted checkpoints:
+    no eval or exec, no pickles, no remote code, no shell."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call):
             continue
@@ -52,16 +56,25 @@ def test_nothing_runs_what_a_model_or_a_file_says(path):
 
 
 def test_weights_are_small_safetensors():
-    weights = [path for path in (ROOT / "data").rglob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+    weights = [
+        path
+        for path in (ROOT / "data").rglob("*")
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth")
+    ]
     assert weights and all(path.suffix == ".safetensors" for path in weights)
     assert sum(path.stat().st_size for path in weights) <= 16e6
 
 
 def test_readmes_name_functions_and_files_that_exist():
     code = "\n".join(path.read_text() for path in SOURCES)
-    for readme in (ROOT / "README.md", *(ROOT / experiment / "README.md" for experiment in EXPERIMENTS)):
+    for readme in (
+        ROOT / "README.md",
+        *(ROOT / experiment / "README.md" for experiment in EXPERIMENTS),
+    ):
         text = readme.read_text()
-        for path in re.findall(r"`((?:data|benchmarks|results|tests|experiment_\w+)/[\w./]*)`", text):
+        for path in re.findall(
+            r"`((?:data|benchmarks|results|tests|experiment_\w+)/[\w./]*)`", text
+        ):
             assert (ROOT / path).exists(), f"{readme}: {path}"
         for names in re.findall(r"\(((?:`\w+(?:\.\w+)?`(?:, )?)+)[;)]", text):
             for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
@@ -80,13 +93,23 @@ def test_every_flag_that_the_readmes_show_exists():
     for experiment in EXPERIMENTS:
         config = (ROOT / experiment / "train.py").read_text()
         for readme in (ROOT / "README.md", ROOT / "data" / "README.md"):
-            for command in re.findall(rf"{experiment}/train\.py((?:[^`\n]|\\\n)*)", readme.read_text()):
+            for command in re.findall(
+                rf"{experiment}/train\.py((?:[^`\n]|\\\n)*)", readme.read_text()
+            ):
                 for flag in re.findall(r"--([a-z0-9-]+)", command.split("#")[0]):
-                    assert flag == "help" or re.search(rf"^    {flag.replace('-', '_')}: ", config, re.M), flag
+                    assert flag == "help" or re.search(
+                        rf"^    {flag.replace('-', '_')}: ", config, re.M
+                    ), flag
         readme = (ROOT / experiment / "README.md").read_text()
         for script, flags in re.findall(r"((?:data|benchmarks)/\w+\.py)((?:[^`\n]|\\\n)*)", readme):
             for flag in re.findall(r"--([a-z0-9-]+)", flags):
-                assert re.search(rf"^    {flag.replace('-', '_')}: ", (ROOT / script).read_text(), re.M), flag
-        readme = re.sub(r"(?:data|benchmarks)/\w+\.py(?:[^`\n]|\\\n)*|without\s+`--model-name`", "", readme)
+                assert re.search(
+                    rf"^    {flag.replace('-', '_')}: ", (ROOT / script).read_text(), re.M
+                ), flag
+        readme = re.sub(
+            r"(?:data|benchmarks)/\w+\.py(?:[^`\n]|\\\n)*|without\s+`--model-name`", "", readme
+        )
         for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)", readme):
-            assert flag in ("help", "logdir") or re.search(rf"^    {flag.replace('-', '_')}: ", config, re.M), flag
+            assert flag in ("help", "logdir") or re.search(
+                rf"^    {flag.replace('-', '_')}: ", config, re.M
+            ), flag

@@ -44,18 +44,57 @@ def close(text):
     ],
 )
 def test_numbers_that_are_read(text, number):
-    """Pitfall 24: a parser that misses `42.0`, `$42` or a trailing period pays nothing for a right answer."""
+    """Pitfall 24: a parser that misses `42.0`,
+    `$42` or a trailing period pays nothing for a right answer."""
     assert train.parse_number(text) == Decimal(number)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", ".", "-", "$", "--4", "4-", "+4", "42..", ".5", "1,23", "12,34", "1,2345", "1,,234", ",123", "4 2"]
-    + ["12 apples", "x=12", "1/2", "50%", "1e3", "0x10", "1_000", "nan", "inf", "4\n2", "4.2.1", "(4)", "9" * 51]
-    + ["\N{ARABIC-INDIC DIGIT FOUR}", "\N{SUPERSCRIPT TWO}", "\N{FULLWIDTH DIGIT FOUR}", "4\0", "<answer>4"],
+    [
+        "",
+        " ",
+        ".",
+        "-",
+        "$",
+        "--4",
+        "4-",
+        "+4",
+        "42..",
+        ".5",
+        "1,23",
+        "12,34",
+        "1,2345",
+        "1,,234",
+        ",123",
+        "4 2",
+    ]
+    + [
+        "12 apples",
+        "x=12",
+        "1/2",
+        "50%",
+        "1e3",
+        "0x10",
+        "1_000",
+        "nan",
+        "inf",
+        "4\n2",
+        "4.2.1",
+        "(4)",
+        "9" * 51,
+    ]
+    + [
+        "\N{ARABIC-INDIC DIGIT FOUR}",
+        "\N{SUPERSCRIPT TWO}",
+        "\N{FULLWIDTH DIGIT FOUR}",
+        "4\0",
+        "<answer>4",
+    ],
 )
 def test_texts_that_are_no_number(text):
-    """Pitfall 24 and 25: a text from the model is never evaluated, and int() or float() would take some of these."""
+    """Pitfall 24 and 25: a text from the model is never evaluated,
+    and int() or float() would take some of these."""
     assert train.parse_number(text) is None
 
 
@@ -105,12 +144,16 @@ def test_accuracy_reward(completion, answer, reward):
 def experience(completions, answer="42", prompt_ids=(1, 2)):
     ids = [torch.tensor([3, 4])] * len(completions)
     masks = [torch.ones(2, dtype=torch.long)] * len(completions)
-    log_probs, truncated = [torch.tensor([-0.5, -1.5])] * len(completions), torch.zeros(len(completions))
-    return Experience(torch.tensor(prompt_ids), ids, masks, log_probs, truncated, completions, answer)
+    log_probs = [torch.tensor([-0.5, -1.5])] * len(completions)
+    truncated = torch.zeros(len(completions))
+    return Experience(
+        torch.tensor(prompt_ids), ids, masks, log_probs, truncated, completions, answer
+    )
 
 
 def test_an_answer_in_the_prompt_never_pays():
-    """Pitfall 24: a reward that parses prompt and completion together pays for an example in the prompt."""
+    """Pitfall 24: a reward that parses prompt and completion together pays for an example
+    in the prompt."""
     parts = train.reward(experience(["I do not know.", ""]), train.Config(system_prompt=GOOD))
     assert parts["reward_accuracy"].tolist() == [0, 0] and parts["reward_format"].tolist() == [0, 0]
 
@@ -172,11 +215,30 @@ def test_lenient_match_takes_the_last_number(completion, answer, match):
 
 
 # ---------------------------------------------------------------- whatever a model may say
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", "42", "-", "$", ",", ".", "\n", " ", "\0", "9" * 60, "\ud7ff"]
+PIECES = [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "42",
+    "-",
+    "$",
+    ",",
+    ".",
+    "\n",
+    " ",
+    "\0",
+    "9" * 60,
+    "\ud7ff",
+]
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.one_of(st.text(), st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3))).map("".join)))
+@given(
+    st.one_of(
+        st.text(), st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3))).map("".join)
+    )
+)
 def test_any_text_gets_a_reward(text):
     assert train.accuracy_reward(text, "42") in (0.0, 1.0)
     assert train.format_reward(text) in (0.0, 1.0)
@@ -186,7 +248,11 @@ def test_any_text_gets_a_reward(text):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.decimals(allow_nan=False, allow_infinity=False, min_value=-(10**9), max_value=10**9, places=2))
+@given(
+    st.decimals(
+        allow_nan=False, allow_infinity=False, min_value=-(10**9), max_value=10**9, places=2
+    )
+)
 def test_every_number_is_read_back(number):
     assert train.parse_number(f"{number}") == train.parse_number(f" {number:,}.") == number
     assert train.accuracy_reward(close(f"{number:,}"), f"{number}") == 1
@@ -195,8 +261,16 @@ def test_every_number_is_read_back(number):
 @pytest.mark.parametrize(
     "text",
     ["9" * 10**5, "1," * 10**5, "1,234" * 10**4 + "x", "<think>" * 10**4, " " * 10**5, "-" * 10**5]
-    + ["<think>" + " " * 10**5 + "</think>" + " " * 10**5 + "x", "<answer>" * 10**4 + "</answer>" * 10**4]
-    + [close("9" * 10**5), close("1" + ",234" * 10**5), close(" " * 10**5 + "x"), "\n" * 10**5 + GOOD],
+    + [
+        "<think>" + " " * 10**5 + "</think>" + " " * 10**5 + "x",
+        "<answer>" * 10**4 + "</answer>" * 10**4,
+    ]
+    + [
+        close("9" * 10**5),
+        close("1" + ",234" * 10**5),
+        close(" " * 10**5 + "x"),
+        "\n" * 10**5 + GOOD,
+    ],
     ids=range(12),
 )
 def test_long_texts_are_fast(text):
@@ -207,10 +281,13 @@ def test_long_texts_are_fast(text):
 
 
 # ---------------------------------------------------------------- advantages
-@pytest.mark.parametrize("value", [0.0, 0.1, 0.2, 0.3, 0.7, 1.0, 1.1, -0.1, 1 / 3, 1e-8, 1e8, math.pi])
+@pytest.mark.parametrize(
+    "value", [0.0, 0.1, 0.2, 0.3, 0.7, 1.0, 1.1, -0.1, 1 / 3, 1e-8, 1e8, math.pi]
+)
 @pytest.mark.parametrize("size", [2, 3, 7, 8, 12, 64])
 def test_equal_rewards_have_no_advantage(value, size):
-    """Pitfall 10: twelve rewards of 0.1 have a mean that is not 0.1, and over a tiny std that becomes -0.58."""
+    """Pitfall 10: twelve rewards of 0.1 have a mean that is not 0.1,
+    and over a tiny std that becomes -0.58."""
     rewards = torch.full((size,), value)
     assert train.group_advantages(rewards).tolist() == [0.0] * size
     assert train.group_advantages(rewards.double()).tolist() == [0.0] * size
@@ -241,14 +318,17 @@ def test_advantages_of_a_group_sum_to_zero_and_ignore_a_shift():
 
 def test_a_group_of_one_is_refused_before_anything_is_loaded():
     """Pitfall 11: the std of one reward is NaN, and so is everything after it."""
-    config = train.Config(group_size=1, train_batch_size=8, model_name="/nowhere", data_path="/nowhere.jsonl")
+    config = train.Config(
+        group_size=1, train_batch_size=8, model_name="/nowhere", data_path="/nowhere.jsonl"
+    )
     with pytest.raises(SystemExit, match="--group-size 1"):
         train.main(config)
 
 
 # ---------------------------------------------------------------- figures
 def test_rollout_metrics_by_hand():
-    """Pitfalls 13 and 14: the fraction of groups that teach nothing, and means that count sampled tokens alone."""
+    """Pitfalls 13 and 14: the fraction of groups that teach nothing,
+    and means that count sampled tokens alone."""
     first, second = experience([GOOD, "41"]), experience(["41", "41"])
     first.masks = [torch.tensor([1, 1, 1, 1]), torch.tensor([1, 0, 0, 1])]
     for e in (first, second):
@@ -256,7 +336,11 @@ def test_rollout_metrics_by_hand():
         e.rewards = sum(e.reward_parts.values())
     second.truncated[1] = 1
     metrics = train.rollout_metrics([first, second])
-    assert metrics["reward"] == 1.5 / 4 and metrics["reward_accuracy"] == 0.25 and metrics["reward_format"] == 0.125
+    assert (
+        metrics["reward"] == 1.5 / 4
+        and metrics["reward_accuracy"] == 0.25
+        and metrics["reward_format"] == 0.125
+    )
     assert metrics["zero_std_fraction"] == 0.5
     assert metrics["reward_std"] == pytest.approx(1.5 / math.sqrt(2) / 2)  # of 1.5, 0 and of 0, 0
     assert metrics["completion_length"] == (4 + 2 + 2 + 2) / 4

@@ -1,4 +1,5 @@
-"""What surrounds training: refusals, data files, logs, checkpoints, resuming, interrupts, full disks."""
+"""What surrounds training: refusals, data files, logs, checkpoints, resuming,
+interrupts, full disks."""
 
 import json
 import math
@@ -21,7 +22,8 @@ from peft import PeftModel
 
 EXPERIMENTS = ["experiment_base", "experiment_drgrpo", "experiment_dapo"]
 EXPERIMENTS += ["experiment_multiturn_tool_calling", "experiment_multiturn_qa"]
-CHANGES = {name: dict(max_length=1200) for name in EXPERIMENTS[3:]}  # of TINY: the tools' descriptions are long
+# of TINY: the tools' descriptions are long
+CHANGES = {name: dict(max_length=1200) for name in EXPERIMENTS[3:]}
 TIMINGS = {"elapsed_seconds", "sample_tokens_per_second", "train_tokens_per_second", "peak_memory"}
 TINY = dict(
     run_name="run",
@@ -40,9 +42,10 @@ TINY = dict(
 )
 
 
-# ---------------------------------------------------------------- what both files of run-level tests share
+# --------------------------------------------------------- what both files of run-level tests share
 def save_model(folder: Path, architecture: str = "qwen2", **changes) -> str:
-    """A directory with a tiny model that ends a completion at every seventh id, so that lengths differ."""
+    """A directory with a tiny model that ends a completion at every seventh id,
+    so that lengths differ."""
     model = make_model(architecture)
     model.generation_config.eos_token_id = [2, *range(7, 351, 7)]
     model.config.update(changes)
@@ -53,7 +56,12 @@ def save_model(folder: Path, architecture: str = "qwen2", **changes) -> str:
 
 def write_rows(path: Path, first: int, count: int, **fields) -> Path:
     rows = [
-        {"question": f"What is {i} + 1?", "answer": i + 1, "context": f"{i} + 1 is {i + 1}.", **fields}
+        {
+            "question": f"What is {i} + 1?",
+            "answer": i + 1,
+            "context": f"{i} + 1 is {i + 1}.",
+            **fields,
+        }
         for i in range(first, first + count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -67,14 +75,19 @@ def tiny_settings(folder: Path, model: str, **overrides) -> dict:
         write_rows(data, 0, 16)
         write_rows(folder / "tasks_eval.jsonl", 50, 8)
     places = dict(
-        model_name=model, data_path=str(data), log_dir=str(folder / "runs"), checkpoint_path=str(folder / "o")
+        model_name=model,
+        data_path=str(data),
+        log_dir=str(folder / "runs"),
+        checkpoint_path=str(folder / "o"),
     )
     return {**TINY, **places, **overrides}
 
 
 def run_main(folder: Path, model: str, experiment: str = "experiment_base", **overrides) -> None:
     train = load_experiment(experiment).train
-    train.main(train.Config(**tiny_settings(folder, model, **CHANGES.get(experiment, {}) | overrides)))
+    train.main(
+        train.Config(**tiny_settings(folder, model, **CHANGES.get(experiment, {}) | overrides))
+    )
 
 
 def metrics(folder: Path, run: str = "run") -> list[dict]:
@@ -85,8 +98,13 @@ def metrics(folder: Path, run: str = "run") -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def checkpoints(folder: Path, run: str = "run", experiment: str = "experiment_base") -> dict[int, Path]:
-    return {int(path.name[5:]): path for path in sorted((folder / "o" / experiment / run).glob("step_0*"))}
+def checkpoints(
+    folder: Path, run: str = "run", experiment: str = "experiment_base"
+) -> dict[int, Path]:
+    return {
+        int(path.name[5:]): path
+        for path in sorted((folder / "o" / experiment / run).glob("step_0*"))
+    }
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -97,8 +115,8 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(completion: str, answer: str) -> float:
-    """In place of the accuracy: differs between any two texts, so every group has spread, and equal means over the
-    held-out prompts mean equal completions."""
+    """In place of the accuracy: differs between any two texts, so every group has spread, and equal
+    means over the held-out prompts mean equal completions."""
     return zlib.crc32(completion.encode()) / 2**32
 
 
@@ -120,7 +138,8 @@ def make_adapter(folder: Path, model: str) -> str:
 
 @contextmanager
 def tidy():
-    """The CPU, without network, one thread (small matrices; the same sums in every process), and SIGINT as it was."""
+    """The CPU, without network, one thread (small matrices; the same sums in every process),
+    and SIGINT as it was."""
     handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -148,11 +167,15 @@ def adapter(tmp_path_factory, model):
 
 
 def everything_in(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
 
 
 def refusal(folder: Path, model: str, monkeypatch, **overrides) -> str:
-    """The one line that refuses these settings before a model is loaded and with nothing written."""
+    """The one line that refuses these settings before a model is loaded and with nothing
+    written."""
 
     def load_model(*_):
         raise AssertionError("a model was loaded")
@@ -177,23 +200,50 @@ REFUSED = {
     "batch of nothing": (dict(train_batch_size=0), "--train-batch-size 0"),
     "4-bit without LoRA": (dict(load_in_4bit=True), "--load-in-4bit: .* --lora-rank"),
     "temperature 0": (dict(temperature=0.0), "--temperature 0.0"),
-    "no prompts in a step": (dict(rollouts_per_step=0, train_batch_size=8), "--rollouts-per-step 0"),
-    "more prompts a step than there are": (dict(rollouts_per_step=32), "16 prompts .*--rollouts-per-step is 32"),
-    "prompt beyond its budget": (dict(max_length=40), "tasks.jsonl, line 1: .* --max-length 40 - --max-new-tokens 8"),
-    "missing file": (dict(data_path="/nowhere/tasks.jsonl"), "/nowhere/tasks.jsonl: .*[Nn]o such file"),
-    "missing held-out file": (dict(eval_data_path="/nowhere/e.jsonl"), "/nowhere/e.jsonl: .*[Nn]o such file"),
-    "file of an unknown kind": (dict(data_path="/nowhere/tasks.csv"), r"tasks.csv: .*\.jsonl, \.json or \.parquet"),
-    "nothing to resume": (dict(resume=True), "--resume: no checkpoint under .*/run; start a run without --resume"),
+    "no prompts in a step": (
+        dict(rollouts_per_step=0, train_batch_size=8),
+        "--rollouts-per-step 0",
+    ),
+    "more prompts a step than there are": (
+        dict(rollouts_per_step=32),
+        "16 prompts .*--rollouts-per-step is 32",
+    ),
+    "prompt beyond its budget": (
+        dict(max_length=40),
+        "tasks.jsonl, line 1: .* --max-length 40 - --max-new-tokens 8",
+    ),
+    "missing file": (
+        dict(data_path="/nowhere/tasks.jsonl"),
+        "/nowhere/tasks.jsonl: .*[Nn]o such file",
+    ),
+    "missing held-out file": (
+        dict(eval_data_path="/nowhere/e.jsonl"),
+        "/nowhere/e.jsonl: .*[Nn]o such file",
+    ),
+    "file of an unknown kind": (
+        dict(data_path="/nowhere/tasks.csv"),
+        r"tasks.csv: .*\.jsonl, \.json or \.parquet",
+    ),
+    "nothing to resume": (
+        dict(resume=True),
+        "--resume: no checkpoint under .*/run; start a run without --resume",
+    ),
     "nothing to resume at all": (dict(resume=True, run_name=None), "--resume: no checkpoint under"),
-    "model that is no directory": (dict(model_name="/nowhere/model"), "--model-name /nowhere/model: .* directory"),
-    "model that is not on disk": (dict(model_name="no-such/model"), "--model-name no-such/model: .* directory"),
+    "model that is no directory": (
+        dict(model_name="/nowhere/model"),
+        "--model-name /nowhere/model: .* directory",
+    ),
+    "model that is not on disk": (
+        dict(model_name="no-such/model"),
+        "--model-name no-such/model: .* directory",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses_settings(name, tmp_path, model, monkeypatch):
-    """Bug: minutes of loading or a traceback of thirty lines before the user learns of a wrong flag; a group of one
-    trains on NaN."""
+    """Bug: minutes of loading or a traceback of thirty lines before the user learns of a wrong
+    flag; a group of one trains on NaN."""
     overrides, pattern = REFUSED[name]
     assert re.search(pattern, refusal(tmp_path, model, monkeypatch, **overrides))
 
@@ -202,20 +252,36 @@ ROW = '{"question": "What is 1 + 1?", "answer": 2}\n'
 BAD_FILES = {
     "malformed line": (ROW * 16 + '{"question": \n', ("tasks.jsonl, line 17", "cannot be read")),
     "no object": (ROW * 16 + "3\n", ("tasks.jsonl, line 17", "object")),
-    "missing field": (ROW * 16 + '{"question": "?"}\n', ("tasks.jsonl, line 17", "'answer'", "--answer-field")),
-    "null field": (ROW * 16 + '{"question": null, "answer": 1}\n', ("tasks.jsonl, line 17", "'question'")),
-    "empty field": (ROW * 16 + '{"question": " ", "answer": 1}\n', ("tasks.jsonl, line 17", "'question'")),
-    "no number": (ROW * 16 + '{"question": "?", "answer": "ten"}\n', ("tasks.jsonl, line 17", "'answer'", "'ten'")),
+    "missing field": (
+        ROW * 16 + '{"question": "?"}\n',
+        ("tasks.jsonl, line 17", "'answer'", "--answer-field"),
+    ),
+    "null field": (
+        ROW * 16 + '{"question": null, "answer": 1}\n',
+        ("tasks.jsonl, line 17", "'question'"),
+    ),
+    "empty field": (
+        ROW * 16 + '{"question": " ", "answer": 1}\n',
+        ("tasks.jsonl, line 17", "'question'"),
+    ),
+    "no number": (
+        ROW * 16 + '{"question": "?", "answer": "ten"}\n',
+        ("tasks.jsonl, line 17", "'answer'", "'ten'"),
+    ),
     "blank lines count": ("\n" + ROW * 16 + "\n{}\n", ("tasks.jsonl, line 19",)),
     "no rows": ("", ("tasks.jsonl", "0 prompts", "--rollouts-per-step")),
     "nothing selected": (ROW.replace("}", ', "num_terms": 9}') * 16, ("tasks.jsonl", "0 prompts")),
-    "not UTF-8": (ROW.encode() * 16 + b'{"question": "\xff\xfe"}\n', ("tasks.jsonl", "cannot be read")),
+    "not UTF-8": (
+        ROW.encode() * 16 + b'{"question": "\xff\xfe"}\n',
+        ("tasks.jsonl", "cannot be read"),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_refuses_data(name, tmp_path, model, monkeypatch):
-    """Bug: a row without an answer trains on reward 0, or fails in step 700 when the row's turn comes."""
+    """Bug: a row without an answer trains on reward 0,
+    or fails in step 700 when the row's turn comes."""
     text, parts = BAD_FILES[name]
     tiny_settings(tmp_path, model)
     (tmp_path / "tasks.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -232,7 +298,8 @@ def test_refuses_an_empty_held_out_file(tmp_path, model, monkeypatch):
 
 
 def test_refuses_a_tokenizer_without_chat_template(tmp_path, model, monkeypatch):
-    """Bug: a base model trains on prompts in a form that it has never seen, or fails with jinja's traceback."""
+    """Bug: a base model trains on prompts in a form that it has never seen,
+    or fails with jinja's traceback."""
     folder = shutil.copytree(model, tmp_path / "bare")
     (folder / "chat_template.jinja").unlink()
     assert "chat template" in refusal(tmp_path, str(folder), monkeypatch)
@@ -242,15 +309,22 @@ def test_gated_model_says_what_to_do(tmp_path, model, monkeypatch):
     """Bug: Llama's licence page hidden in a traceback of five libraries."""
 
     def from_pretrained(name, *_, **__):
-        raise OSError(f"You are trying to access a gated repo.\nMake sure to have access to it at {name}.\n401 Client")
+        raise OSError(
+            "You are trying to access a gated repo.\n"
+            f"Make sure to have access to it at {name}.\n401 Client"
+        )
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
     message = refusal(tmp_path, "meta-llama/Llama-3.2-1B-Instruct", monkeypatch)
-    assert all(part in message for part in ("meta-llama/Llama-3.2-1B-Instruct", "gated", "licence", "hf auth login"))
+    assert all(
+        part in message
+        for part in ("meta-llama/Llama-3.2-1B-Instruct", "gated", "licence", "hf auth login")
+    )
 
 
 def test_damaged_weights_say_which_model(tmp_path, model):
-    """Bug: the safetensors traceback of a half downloaded file names neither the model nor the flag."""
+    """Bug: the safetensors traceback of a half downloaded file names neither the model nor the
+    flag."""
     folder = shutil.copytree(model, tmp_path / "cut")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -269,7 +343,8 @@ def test_unknown_flag_is_named(monkeypatch, capsys):
 
 
 def test_run_that_exists_is_kept(tmp_path, model, monkeypatch):
-    """Bug: a second start with the same name appends to the first one's log and prunes its checkpoints."""
+    """Bug: a second start with the same name appends to the first one's log and prunes its
+    checkpoints."""
     run_main(tmp_path, model, max_steps=1)
     message = refusal(tmp_path, model, monkeypatch)
     assert "run exists" in message and "--resume" in message and "--run-name" in message
@@ -282,41 +357,59 @@ def test_unwritable_log_dir(tmp_path, model, monkeypatch):
 
 
 def test_unwritable_checkpoint_path(tmp_path, model, capsys):
-    """It costs the checkpoints, not the run. Bug: one learns of it after the first interval only."""
+    """It costs the checkpoints, not the run.
+    Bug: one learns of it after the first interval only."""
     (tmp_path / "file").write_text("")
     run_main(tmp_path, model, checkpoint_path=str(tmp_path / "file"))
     output = capsys.readouterr().out
-    assert "warning: --checkpoint-path" in output.split("held out:")[0] and "training goes on" in output
+    assert (
+        "warning: --checkpoint-path" in output.split("held out:")[0]
+        and "training goes on" in output
+    )
     assert len(metrics(tmp_path)) == 3
 
 
 def test_resume_with_another_model(tmp_path, model, monkeypatch):
-    """Bug: one model's optimizer moments on the weights of another, and a KL to the wrong reference."""
+    """Bug: one model's optimizer moments on the weights of another,
+    and a KL to the wrong reference."""
     other = str(shutil.copytree(model, tmp_path / "other"))
     run_main(tmp_path, model, max_steps=1)
     message = refusal(tmp_path, other, monkeypatch, resume=True)
     assert model in message and other in message and "--model-name" in message
 
 
-@pytest.mark.parametrize("change", [dict(lora_rank=4), dict(train_batch_size=16), dict(seed=1), dict(max_prompts=12)])
+@pytest.mark.parametrize(
+    "change", [dict(lora_rank=4), dict(train_batch_size=16), dict(seed=1), dict(max_prompts=12)]
+)
 def test_resume_with_what_a_run_cannot_change(change, tmp_path, model, monkeypatch):
-    """Bug: the prompt order or the weights' shapes silently differ from those of the run that is continued."""
+    """Bug: the prompt order or the weights' shapes silently differ from those of the run that is
+    continued."""
     run_main(tmp_path, model, max_steps=1)
     (name,) = change
-    assert f"--{name.replace('_', '-')}" in refusal(tmp_path, model, monkeypatch, resume=True, **change)
+    assert f"--{name.replace('_', '-')}" in refusal(
+        tmp_path, model, monkeypatch, resume=True, **change
+    )
 
 
 # ---------------------------------------------------------------- data files
 def questions(prompts, tokenizer) -> list[str]:
-    return [tokenizer.decode(prompt.ids).split("user\n")[1].split("<|im_end|>")[0] for prompt in prompts]
+    return [
+        tokenizer.decode(prompt.ids).split("user\n")[1].split("<|im_end|>")[0] for prompt in prompts
+    ]
 
 
 def read(folder: Path, model: str, data_path, **overrides):
     """(training questions, held-out questions, answers of both)."""
     base, tokenizer = load_experiment(), embedded_tokenizer()
-    config = base.train.Config(**tiny_settings(folder, model, data_path=str(data_path), **overrides))
+    config = base.train.Config(
+        **tiny_settings(folder, model, data_path=str(data_path), **overrides)
+    )
     prompts, held_out = base.train.read_prompts(config, tokenizer)
-    return questions(prompts, tokenizer), questions(held_out, tokenizer), [p.answer for p in prompts + held_out]
+    return (
+        questions(prompts, tokenizer),
+        questions(held_out, tokenizer),
+        [p.answer for p in prompts + held_out],
+    )
 
 
 def write_as(suffix: str, path: Path, rows: list[dict]) -> Path:
@@ -335,8 +428,12 @@ def write_as(suffix: str, path: Path, rows: list[dict]) -> Path:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_local_file_with_its_held_out_file(suffix, tmp_path, model):
-    """Each format, the fields that flags name, and <name>_eval.<suffix> of the same format beside it."""
-    rows = [{"q": f"What is {i} + 1?", "a": f"{i} + 1 is a sum.\n#### {i + 1:,}"} for i in range(1000, 1020)]
+    """Each format, the fields that flags name,
+    and <name>_eval.<suffix> of the same format beside it."""
+    rows = [
+        {"q": f"What is {i} + 1?", "a": f"{i} + 1 is a sum.\n#### {i + 1:,}"}
+        for i in range(1000, 1020)
+    ]
     path = write_as(suffix, tmp_path / "sums", rows[:16])
     write_as(suffix, tmp_path / "sums_eval", rows[16:])
     train, held_out, answers = read(tmp_path, model, path, question_field="q", answer_field="a")
@@ -346,7 +443,8 @@ def test_local_file_with_its_held_out_file(suffix, tmp_path, model):
 
 @pytest.mark.parametrize("has_test_split", [True, False])
 def test_hub_data_set_with_configuration(has_test_split, tmp_path, model, monkeypatch):
-    """`name:config`, held out its test split where there is one. Bug: the default configuration is read instead."""
+    """`name:config`, held out its test split where there is one.
+    Bug: the default configuration is read instead."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -357,7 +455,10 @@ def test_hub_data_set_with_configuration(has_test_split, tmp_path, model, monkey
     write_rows(hub / "other.jsonl", 90, 9)
     test = "\n  - split: test\n    path: test.jsonl" if has_test_split else ""
     main = f"- config_name: main\n  data_files:\n  - split: train\n    path: train.jsonl{test}\n"
-    other = "- config_name: other\n  default: true\n  data_files:\n  - split: train\n    path: other.jsonl\n"
+    other = (
+        "- config_name: other\n  default: true\n"
+        "  data_files:\n  - split: train\n    path: other.jsonl\n"
+    )
     (hub / "README.md").write_text(f"---\nconfigs:\n{other}{main}---\n")
     train, held_out, _ = read(tmp_path, model, f"{hub}:main")
     assert train == [f"What is {i} + 1?" for i in range(20 if has_test_split else 18)]
@@ -365,7 +466,8 @@ def test_hub_data_set_with_configuration(has_test_split, tmp_path, model, monkey
 
 
 def test_rows_are_held_out_where_there_are_no_others(tmp_path, model):
-    """The last tenth, and none of it is trained on. Bug: the held-out accuracy measures what was learnt by heart."""
+    """The last tenth, and none of it is trained on.
+    Bug: the held-out accuracy measures what was learnt by heart."""
     train, held_out, _ = read(tmp_path, model, write_rows(tmp_path / "alone.jsonl", 0, 40))
     assert train == [f"What is {i} + 1?" for i in range(36)]
     assert held_out == [f"What is {i} + 1?" for i in range(36, 40)]
@@ -384,36 +486,55 @@ def test_eval_data_path_comes_first(tmp_path, model):
     path = write_rows(tmp_path / "sums.jsonl", 0, 16)
     assert len(read(tmp_path, model, path)[1]) == 4
     train, held_out, _ = read(tmp_path, model, path, eval_data_path=str(other))
-    assert len(train) == 16 and held_out == ["What is 70 + 1?", "What is 71 + 1?", "What is 72 + 1?"]
+    assert len(train) == 16 and held_out == [
+        "What is 70 + 1?",
+        "What is 71 + 1?",
+        "What is 72 + 1?",
+    ]
 
 
 # ---------------------------------------------------------------- logs
-FIELDS = """step elapsed_seconds reward reward_accuracy reward_format reward_std zero_std_fraction kl loss grad_norm
-grad_clip_fraction clip_fraction ess entropy completion_length completion_length_correct completion_length_wrong
-truncated_fraction lr sample_tokens_per_second train_tokens_per_second peak_memory max_log_prob_gap
-skipped_updates""".split()
+FIELDS = """step elapsed_seconds reward reward_accuracy reward_format reward_std zero_std_fraction
+kl loss grad_norm grad_clip_fraction clip_fraction ess entropy completion_length
+completion_length_correct completion_length_wrong truncated_fraction lr sample_tokens_per_second
+train_tokens_per_second peak_memory max_log_prob_gap skipped_updates""".split()
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_metrics_of_a_run(experiment, tmp_path, model, monkeypatch, capsys):
-    """A line a step with every field, and the evaluation before the first step, at the interval and after the last."""
+    """A line a step with every field, and the evaluation before the first step,
+    at the interval and after the last."""
     train = load_experiment(experiment).train
     reward_by(lambda *pair: float(fingerprint(*pair) > 0.5), train, monkeypatch)
     run_main(tmp_path, model, experiment, max_steps=3, log_completions_interval=2)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert [step for step, line in enumerate(lines) if "eval_accuracy" in line] == [0, 2, 3]
-    assert all({"eval_accuracy", "eval_accuracy_lenient", "eval_count"} <= set(lines[i]) for i in (0, 2, 3))
+    assert all(
+        {"eval_accuracy", "eval_accuracy_lenient", "eval_count"} <= set(lines[i]) for i in (0, 2, 3)
+    )
     assert lines[0]["eval_count"] == 8
     for line in lines[1:]:
-        fields = {"reward_f1" if name == "reward_accuracy" and "reward_f1" in line else name for name in FIELDS}
-        missing, numbers = fields - set(line), fields - ({"kl"} if train.Config().kl_weight == 0 else set())
-        assert not missing and all(isinstance(line[name], (int, float)) for name in numbers), (missing, line)
+        fields = {
+            "reward_f1" if name == "reward_accuracy" and "reward_f1" in line else name
+            for name in FIELDS
+        }
+        missing = fields - set(line)
+        numbers = fields - ({"kl"} if train.Config().kl_weight == 0 else set())
+        assert not missing and all(isinstance(line[name], (int, float)) for name in numbers), (
+            missing,
+            line,
+        )
         parts = [line[name] for name in line if name.startswith("reward_") and name != "reward_std"]
         assert math.isclose(line["reward"], sum(parts), abs_tol=1e-5)
-        assert line["max_log_prob_gap"] < 1e-4 and line["grad_norm"] > 0 and line["skipped_updates"] == 0
+        assert (
+            line["max_log_prob_gap"] < 1e-4
+            and line["grad_norm"] > 0
+            and line["skipped_updates"] == 0
+        )
     output = capsys.readouterr().out
-    assert output.count("advantage ") == 1 and "<|im_start|>assistant" in output  # one whole trajectory, at step 2
+    # one whole trajectory, at step 2
+    assert output.count("advantage ") == 1 and "<|im_start|>assistant" in output
     gain = f"eval_accuracy {lines[0]['eval_accuracy']:.4f} -> {lines[3]['eval_accuracy']:.4f}"
     checkpoint = checkpoints(tmp_path, experiment=experiment)[3]
     assert gain in output and str(tmp_path / "runs" / "run") in output and str(checkpoint) in output
@@ -431,7 +552,8 @@ KINDS = ["full", "lora", "from adapter"]
 
 
 def settings_of(kind: str, model: str, adapter: str) -> dict:
-    """Overrides for training in full, fresh LoRA, and from an adapter directory; lr large enough to see."""
+    """Overrides for training in full, fresh LoRA, and from an adapter directory;
+    lr large enough to see."""
     return {
         "full": dict(model=model, lr=1e-3),
         "lora": dict(model=model, lora_rank=4, lr=1e-2),
@@ -441,15 +563,18 @@ def settings_of(kind: str, model: str, adapter: str) -> dict:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_is_a_plain_directory(kind, tmp_path, model, adapter, base):
-    """Hugging Face loads it, torch.load needs no pickle, and --max-steps 0 on it, or with --resume, repeats the
-    last logged figures exactly and writes nothing."""
+    """Hugging Face loads it, torch.load needs no pickle, and --max-steps 0 on it, or with --resume,
+    repeats the last logged figures exactly and writes nothing."""
     settings = settings_of(kind, model, adapter)
     run_main(tmp_path, **settings)
     logged, before = metrics(tmp_path), everything_in(tmp_path)
     checkpoint = checkpoints(tmp_path)[2]
-    assert logged[2]["eval_accuracy"] != logged[0]["eval_accuracy"]  # else the figures below would say nothing
+    # else the figures below would say nothing
+    assert logged[2]["eval_accuracy"] != logged[0]["eval_accuracy"]
 
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model if kind != "full" else checkpoint)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        model if kind != "full" else checkpoint
+    )
     if kind != "full":
         loaded = PeftModel.from_pretrained(loaded, checkpoint)
     weights = {name.replace(".default", ""): value for name, value in loaded.state_dict().items()}
@@ -463,10 +588,14 @@ def test_checkpoint_is_a_plain_directory(kind, tmp_path, model, adapter, base):
     figures = []
     evaluate = base.train.evaluate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base.train, "evaluate", lambda *args: figures.append(evaluate(*args)) or figures[-1])
+        patch.setattr(
+            base.train, "evaluate", lambda *args: figures.append(evaluate(*args)) or figures[-1]
+        )
         run_main(tmp_path, **settings, resume=True, max_steps=0)
         run_main(tmp_path, str(checkpoint), max_steps=0)
-    expected = {name: logged[2][name] for name in ("eval_accuracy", "eval_accuracy_lenient", "eval_count")}
+    expected = {
+        name: logged[2][name] for name in ("eval_accuracy", "eval_accuracy_lenient", "eval_count")
+    }
     assert figures == [expected, expected]
     assert everything_in(tmp_path) == before
 
@@ -479,7 +608,9 @@ def test_newest_two_are_kept_and_nothing_else_is_touched(tmp_path, model):
         (path / "trainer.pt").write_text("")
     run_main(tmp_path, model, max_steps=4, checkpoint_interval=1, eval_interval=9)
     assert list(checkpoints(tmp_path)) == [3, 4]
-    assert (neighbour / "trainer.pt").exists() and len(list((tmp_path / "o").rglob("step_000001"))) == 2
+    assert (neighbour / "trainer.pt").exists() and len(
+        list((tmp_path / "o").rglob("step_000001"))
+    ) == 2
 
 
 def full_disk(*_, **__):
@@ -493,7 +624,9 @@ def test_failed_save_costs_one_checkpoint(what, tmp_path, model, monkeypatch, ca
     save = base.run.Run.save
 
     def fail_at_step_2(self, step, *args):
-        target = {"torch.save": (torch, "save"), "os.replace": (os, "replace")}.get(what, (args[0], what))
+        target = {"torch.save": (torch, "save"), "os.replace": (os, "replace")}.get(
+            what, (args[0], what)
+        )
         if step == 2:
             patch.setattr(*target, full_disk)
         save(self, step, *args)
@@ -503,8 +636,13 @@ def test_failed_save_costs_one_checkpoint(what, tmp_path, model, monkeypatch, ca
     run_main(tmp_path, model, max_steps=3, checkpoint_interval=1)
     output = capsys.readouterr().out
     assert output.count("warning:") == 1 and "step_000002" in output and "No space left" in output
-    assert list(checkpoints(tmp_path)) == [1, 3] and [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
-    assert {p.name for p in (tmp_path / "o" / "experiment_base" / "run").iterdir()} == {"step_000001", "step_000003"}
+    assert list(checkpoints(tmp_path)) == [1, 3] and [
+        line["step"] for line in metrics(tmp_path)
+    ] == [0, 1, 2, 3]
+    assert {p.name for p in (tmp_path / "o" / "experiment_base" / "run").iterdir()} == {
+        "step_000001",
+        "step_000003",
+    }
     run_main(tmp_path, model, max_steps=4, resume=True)  # a checkpoint that was kept is whole
 
 
@@ -514,7 +652,11 @@ def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=700k", "none", str(disk)]
-    if sys.platform != "linux" or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+    if (
+        sys.platform != "linux"
+        or os.geteuid()
+        or subprocess.run(command, capture_output=True).returncode
+    ):
         pytest.skip("needs root and tmpfs")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -530,7 +672,8 @@ def test_really_full_disk(tmp_path, model, small_disk, capsys):
 
 
 def test_full_disk_under_the_logs(tmp_path, model, small_disk, capsys):
-    """Bug: the TensorBoard writer's thread raises at the end, before the checkpoint's place is printed."""
+    """Bug: the TensorBoard writer's thread raises at the end,
+    before the checkpoint's place is printed."""
     base, log = load_experiment(), load_experiment().run.Run.log
 
     def fill_then_log(self, step, *args):
@@ -572,7 +715,9 @@ def flat(tree: dict, path: tuple = ()) -> dict:
     return {
         key: leaf
         for name, value in tree.items()
-        for key, leaf in (flat(value, (*path, name)) if isinstance(value, dict) else {(*path, name): value}).items()
+        for key, leaf in (
+            flat(value, (*path, name)) if isinstance(value, dict) else {(*path, name): value}
+        ).items()
         if leaf is not None and not isinstance(leaf, str)
     }
 
@@ -581,12 +726,23 @@ def assert_same_run(one: Path, other: Path, step: int, experiment: str = "experi
     """Bit for bit: the weights, the optimizer and everything logged but times."""
     first, second = (checkpoints(folder, experiment=experiment)[step] for folder in (one, other))
     weights = read_weights(second)
-    assert weights and all(torch.equal(value, weights[name]) for name, value in read_weights(first).items())
-    states = [torch.load(path / "trainer.pt", weights_only=True)["optimizer"]["state"] for path in (first, second)]
+    assert weights and all(
+        torch.equal(value, weights[name]) for name, value in read_weights(first).items()
+    )
+    states = [
+        torch.load(path / "trainer.pt", weights_only=True)["optimizer"]["state"]
+        for path in (first, second)
+    ]
     states = [flat(state) for state in states]
     assert states[0] and states[0].keys() == states[1].keys()
-    assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][k])) for k, value in states[0].items())
-    lines = [[{k: v for k, v in line.items() if k not in TIMINGS} for line in metrics(f)] for f in (one, other)]
+    assert all(
+        torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][k]))
+        for k, value in states[0].items()
+    )
+    lines = [
+        [{k: v for k, v in line.items() if k not in TIMINGS} for line in metrics(f)]
+        for f in (one, other)
+    ]
     assert lines[0] == lines[1]
 
 
@@ -605,9 +761,11 @@ def uninterrupted(tmp_path_factory, model, adapter):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_run_equals_the_uninterrupted_one(kind, tmp_path, model, adapter, base, uninterrupted, capsys):
-    """Bug: resuming loses the optimizer's moments, the prompts' order, the random numbers or the reference. The run
-    dies in step 4, goes on after step 2 and crosses the end of the epoch."""
+def test_resumed_run_equals_the_uninterrupted_one(
+    kind, tmp_path, model, adapter, base, uninterrupted, capsys
+):
+    """Bug: resuming loses the optimizer's moments, the prompts' order, the random numbers or the
+    reference. The run dies in step 4, goes on after step 2 and crosses the end of the epoch."""
     settings, whole = settings_of(kind, model, adapter), uninterrupted(kind)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         die_in_step(4, patch)
@@ -619,13 +777,18 @@ def test_resumed_run_equals_the_uninterrupted_one(kind, tmp_path, model, adapter
     assert_same_run(whole, tmp_path, 6)
     logged = metrics(tmp_path)
     assert all(line["kl"] > 0 for line in logged[1:])
-    assert all(later["elapsed_seconds"] > line["elapsed_seconds"] for line, later in zip(logged[1:], logged[2:]))
+    assert all(
+        later["elapsed_seconds"] > line["elapsed_seconds"]
+        for line, later in zip(logged[1:], logged[2:])
+    )
     gain = f"eval_accuracy {logged[0]['eval_accuracy']:.4f} -> {logged[6]['eval_accuracy']:.4f}"
-    assert gain in capsys.readouterr().out  # from before the first step, not from before the resumed one
+    # from before the first step, not from before the resumed one
+    assert gain in capsys.readouterr().out
 
 
 def assert_resumes(folder: Path, model: str, experiment: str, max_steps: int, **settings) -> Path:
-    """A run that dies in step 4 and is resumed equals the uninterrupted one, whose folder is returned."""
+    """A run that dies in step 4 and is resumed equals the uninterrupted one,
+    whose folder is returned."""
     whole, parts = folder / "whole", folder / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -666,25 +829,46 @@ train.main(train.Config(**json.loads(sys.argv[2])))
 
 
 def test_kill_in_the_middle_of_a_save(tmp_path, model, base, uninterrupted):
-    """kill -9 while step 4's checkpoint is written: step 2's is the newest, and resuming equals never having been
-    killed. Bug: half a checkpoint under its final name."""
+    """kill -9 while step 4's checkpoint is written: step 2's is the newest, and resuming equals
+    never having been killed. Bug: half a checkpoint under its final name."""
     settings = tiny_settings(tmp_path, **settings_of("full", model, ""), max_steps=6)
-    command = [sys.executable, "-c", KILLED_IN_SAVE, str(ROOT / "experiment_base"), json.dumps(settings)]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED_IN_SAVE,
+        str(ROOT / "experiment_base"),
+        json.dumps(settings),
+    ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert list(checkpoints(tmp_path)) == [2] and [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    assert list(checkpoints(tmp_path)) == [2] and [line["step"] for line in metrics(tmp_path)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     run_main(tmp_path, **settings_of("full", model, ""), max_steps=6, resume=True)
     assert_same_run(uninterrupted("full"), tmp_path, 6)
-    assert {p.name for p in (tmp_path / "o" / "experiment_base" / "run").iterdir()} == {"step_000004", "step_000006"}
+    assert {p.name for p in (tmp_path / "o" / "experiment_base" / "run").iterdir()} == {
+        "step_000004",
+        "step_000006",
+    }
 
 
 def test_learning_rate_may_change_on_resume(tmp_path, model, base, capsys):
-    """It is printed, logged, and used: the optimizer's state in the checkpoint holds the old one."""
+    """It is printed, logged, and used: the optimizer's state in the checkpoint holds the old
+    one."""
     run_main(tmp_path, model)
     before = read_weights(checkpoints(tmp_path)[2])
     run_main(tmp_path, model, resume=True, max_steps=3, lr=0.0)
-    assert "lr is now 0.0, was 0.001" in capsys.readouterr().out and metrics(tmp_path)[3]["lr"] == 0.0
-    assert all(torch.equal(value, before[name]) for name, value in read_weights(checkpoints(tmp_path)[3]).items())
+    assert (
+        "lr is now 0.0, was 0.001" in capsys.readouterr().out and metrics(tmp_path)[3]["lr"] == 0.0
+    )
+    assert all(
+        torch.equal(value, before[name])
+        for name, value in read_weights(checkpoints(tmp_path)[3]).items()
+    )
 
 
 def test_resume_takes_the_named_run_else_the_newest(tmp_path, model, capsys):
@@ -695,11 +879,15 @@ def test_resume_takes_the_named_run_else_the_newest(tmp_path, model, capsys):
     assert "resuming run newer from" in capsys.readouterr().out
     assert len(metrics(tmp_path, "newer")) == 3 and len(metrics(tmp_path, "older")) == 2
     run_main(tmp_path, model, resume=True, run_name="older", max_steps=3)
-    assert "resuming run older from" in capsys.readouterr().out and len(metrics(tmp_path, "older")) == 4
+    assert (
+        "resuming run older from" in capsys.readouterr().out
+        and len(metrics(tmp_path, "older")) == 4
+    )
 
 
 def test_resume_ignores_what_is_no_checkpoint(tmp_path, model):
-    """Bug: a directory without optimizer state, or one called step_old, taken for the newest checkpoint."""
+    """Bug: a directory without optimizer state, or one called step_old,
+    taken for the newest checkpoint."""
     run_main(tmp_path, model, max_steps=1)
     run = tmp_path / "o" / "experiment_base" / "run"
     for name in ("step_000009", "step_old", "writing"):
@@ -732,7 +920,8 @@ def interrupt_in_step(step: int, times: int, patch) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return prompts_of_step(prompts, now, config)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # else a run without a handler of its own would end pytest
+    # else a run without a handler of its own would end pytest
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     patch.setattr(train, "prompts_of_step", interrupt)
 
 
@@ -741,9 +930,16 @@ def test_interrupt_finishes_the_step_and_saves(tmp_path, model, monkeypatch, cap
     interrupt_in_step(3, 1, monkeypatch)
     run_main(tmp_path, model, max_steps=8)
     assert list(checkpoints(tmp_path)) == [2, 3]
-    assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3] and "eval_accuracy" in metrics(tmp_path)[3]
+    assert [line["step"] for line in metrics(tmp_path)] == [
+        0,
+        1,
+        2,
+        3,
+    ] and "eval_accuracy" in metrics(tmp_path)[3]
     output = capsys.readouterr().out
-    assert "stopping after this step" in output and f"checkpoint: {checkpoints(tmp_path)[3]}" in output
+    assert (
+        "stopping after this step" in output and f"checkpoint: {checkpoints(tmp_path)[3]}" in output
+    )
 
 
 def test_second_interrupt_ends_at_once(tmp_path, model, monkeypatch):

@@ -1,4 +1,5 @@
-"""The tool: what the search finds, what it makes of odd queries and corpora, and what an index survives."""
+"""The tool: what the search finds, what it makes of odd queries and corpora,
+and what an index survives."""
 
 import json
 import os
@@ -55,7 +56,8 @@ def small(tmp_path_factory):
 
 @cache
 def ten_thousand():
-    """An index of 10,000 passages of 40 words whose frequencies fall as 1 / rank; and the words, commonest first."""
+    """An index of 10,000 passages of 40 words whose frequencies fall as 1 / rank;
+    and the words, commonest first."""
     rng = random.Random(0)
     words = [f"{rng.choice('bdgklmnprst')}{rng.choice('aeiou')}{n:x}" for n in range(20_000)]
     weights = [1 / (n + 3) for n in range(len(words))]
@@ -88,13 +90,33 @@ def ten_thousand():
     ],
 )
 def test_questions_as_people_type_them(query, title, small):
-    """Pitfall 31: raw text in MATCH raises, and the default AND finds nothing. Any one word is enough."""
+    """Pitfall 31: raw text in MATCH raises, and the default AND finds nothing.
+    Any one word is enough."""
     assert titles(small, query)[0] == title
     assert titles(small, f"{query} zzzz qqqq")[0] == title
 
 
 @pytest.mark.parametrize(
-    "query", ["", " ", "?", "zzzz", '"', "''", "\x00", "\ud800", "()", "AND", "NOT", "*", "NEAR(", "ัั", "_", "-", "\\"]
+    "query",
+    [
+        "",
+        " ",
+        "?",
+        "zzzz",
+        '"',
+        "''",
+        "\x00",
+        "\ud800",
+        "()",
+        "AND",
+        "NOT",
+        "*",
+        "NEAR(",
+        "ัั",
+        "_",
+        "-",
+        "\\",
+    ],
 )
 def test_a_query_that_finds_nothing_gives_a_text(query, small):
     assert small(query) == search_module.NOTHING
@@ -102,54 +124,92 @@ def test_a_query_that_finds_nothing_gives_a_text(query, small):
 
 
 @pytest.mark.parametrize(
-    "query", ["title:Ann", "Ann*", "Ann AND pilot", "Ann NOT Lee", "-Ann", "^Ann", "NEAR(Ann Lee)", "{Ann}"]
+    "query",
+    ["title:Ann", "Ann*", "Ann AND pilot", "Ann NOT Lee", "-Ann", "^Ann", "NEAR(Ann Lee)", "{Ann}"],
 )
 def test_nothing_in_a_query_is_syntax(query, small):
     assert "Ann Lee" in titles(small, query) and "Ann Moss" in titles(small, query)
 
 
 def test_a_result_is_a_line_for_each_passage(tmp_path):
-    search = index_of(tmp_path, [("A\nb", "one\n\ntwo   three"), ("C", "one"), ("", "one")], top_k=2)
+    search = index_of(
+        tmp_path, [("A\nb", "one\n\ntwo   three"), ("C", "one"), ("", "one")], top_k=2
+    )
     result = search("one")
-    assert result.count("\n") == 1 and set(result.split("\n")) <= {"A b: one two three", "C: one", ": one"}
+    assert result.count("\n") == 1 and set(result.split("\n")) <= {
+        "A b: one two three",
+        "C: one",
+        ": one",
+    }
     assert run_call({"query": "one"}, search) == ("ok", result)
 
 
-def test_terms_in_more_than_a_twentieth_of_the_passages_are_dropped_unless_nothing_remains(tmp_path):
+def test_terms_in_more_than_a_twentieth_of_the_passages_are_dropped_unless_nothing_remains(
+    tmp_path,
+):
     """Counted after stemming, and only those terms count as the rest that occur at all."""
-    passages = [(f"P{i}", f"the town{'s' if i % 2 else ''} {'rare' if i == 77 else 'x'} w{i}") for i in range(200)]
+    passages = [
+        (f"P{i}", f"the town{'s' if i % 2 else ''} {'rare' if i == 77 else 'x'} w{i}")
+        for i in range(200)
+    ]
     search = index_of(tmp_path, passages, top_k=5)
     assert search.count("town") == search.count("towns") == 200 and search.count("rare") == 1
-    assert search.choose_terms("the rare town") == ["rare"] and titles(search, "the rare town") == ["P77"]
+    assert search.choose_terms("the rare town") == ["rare"] and titles(search, "the rare town") == [
+        "P77"
+    ]
     assert search.choose_terms("the w5 w6") == ["w5", "w6"]
-    assert {*search.choose_terms("the town")} == {"the", "town"} and len(titles(search, "the town")) == 5
+    assert {*search.choose_terms("the town")} == {"the", "town"} and len(
+        titles(search, "the town")
+    ) == 5
     assert {*search.choose_terms("the town nowhere")} == {"the", "town"}
 
 
 def test_in_a_small_corpus_no_term_is_common(small):
-    """Bug: in a corpus of ten passages every term that occurs stands in more than a twentieth of them."""
+    """Bug: in a corpus of ten passages every term that occurs stands in more than a twentieth of
+    them."""
     assert {*small.choose_terms("Ann Lee")} == {"Ann", "Lee"}
 
 
 def test_rare_terms_come_first_and_bound_what_is_read(tmp_path, monkeypatch):
-    passages = [(f"P{i}", " ".join(f"w{n}" for n in range(1, 9) if i % (20 * n) == 0) or "x") for i in range(2000)]
+    passages = [
+        (f"P{i}", " ".join(f"w{n}" for n in range(1, 9) if i % (20 * n) == 0) or "x")
+        for i in range(2000)
+    ]
     search = index_of(tmp_path, passages)
     assert [search.count(f"w{n}") for n in (1, 2, 4)] == [100, 50, 25]
     monkeypatch.setattr(search_module, "MAX_POSTINGS", 60)
-    assert search.choose_terms("w1 w2 w4 w8") == ["w8", "w4"]  # 13 + 25, and 50 more would be too many
+    # 13 + 25, and 50 more would be too many
+    assert search.choose_terms("w1 w2 w4 w8") == ["w8", "w4"]
     monkeypatch.setattr(search_module, "MAX_POSTINGS", 1)
     assert search.choose_terms("w1 w2 w4") == ["w4"]
 
 
 FRAGMENTS = st.sampled_from(
-    ['"', "'", "AND", "NEAR(", "中国", "ไทย", "\x00", "*", "title:", "bo1f", "the", "-", "(", "\ud800"]
+    [
+        '"',
+        "'",
+        "AND",
+        "NEAR(",
+        "中国",
+        "ไทย",
+        "\x00",
+        "*",
+        "title:",
+        "bo1f",
+        "the",
+        "-",
+        "(",
+        "\ud800",
+    ]
 )
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     st.one_of(
-        st.text(), st.lists(st.one_of(FRAGMENTS, st.text(max_size=5))).map("".join), st.text().map(lambda t: t * 200)
+        st.text(),
+        st.lists(st.one_of(FRAGMENTS, st.text(max_size=5))).map("".join),
+        st.text().map(lambda t: t * 200),
     )
 )
 @example("ba" * 100_000)
@@ -157,8 +217,8 @@ FRAGMENTS = st.sampled_from(
 @example("中" * 100_000)
 @example("\u0e31" * 5000)
 def test_any_text_is_a_query(text):
-    """Never an exception, and never more than 100 ms on 10,000 passages: of this thread's time, and of three tries, so
-    that a busy machine does not matter."""
+    """Never an exception, and never more than 100 ms on 10,000 passages: of this thread's time, and
+    of three tries, so that a busy machine does not matter."""
     search, _ = ten_thousand()
     seconds = []
     while len(seconds) < 3 and not min(seconds, default=1) < 0.1:
@@ -202,7 +262,9 @@ def test_a_file_that_is_no_index_is_left_alone(tmp_path):
     for make in (lambda: index.write_bytes(b"mine"), lambda: index.unlink(), index.mkdir):
         make()
         if index.exists():
-            with pytest.raises(SystemExit, match="corpus.sqlite: exists and is no index of a corpus; move it away"):
+            with pytest.raises(
+                SystemExit, match="corpus.sqlite: exists and is no index of a corpus; move it away"
+            ):
                 build_index(index, "1", PASSAGES)
     with sqlite3.connect(tmp_path / "mine.db") as connection:
         connection.execute("CREATE TABLE corpus(mine)")
@@ -211,7 +273,9 @@ def test_a_file_that_is_no_index_is_left_alone(tmp_path):
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(SystemExit, match=r"missing/corpus.sqlite: the index cannot be written .*; --index-path"):
+    with pytest.raises(
+        SystemExit, match=r"missing/corpus.sqlite: the index cannot be written .*; --index-path"
+    ):
         build_index(tmp_path / "missing" / "corpus.sqlite", "1", PASSAGES)
 
 
@@ -231,7 +295,15 @@ print(len(search.Search(Path(sys.argv[2]), 3).passages("w1")))
 
 
 def start_builder(index, digest="1", count=60_000):
-    command = [sys.executable, "-c", BUILDER, str(ROOT / "experiment_multiturn_qa"), str(index), digest, str(count)]
+    command = [
+        sys.executable,
+        "-c",
+        BUILDER,
+        str(ROOT / "experiment_multiturn_qa"),
+        str(index),
+        digest,
+        str(count),
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -265,11 +337,14 @@ def test_two_processes_build_at_once(tmp_path):
     processes = [start_builder(index) for _ in range(2)]
     for process in processes:
         assert process.communicate(timeout=60)[0] == "3\n" and process.returncode == 0
-    assert Search(index, 3).size == 60_000 and [path.name for path in tmp_path.iterdir()] == ["corpus.sqlite"]
+    assert Search(index, 3).size == 60_000 and [path.name for path in tmp_path.iterdir()] == [
+        "corpus.sqlite"
+    ]
 
 
 def test_what_another_process_holds_locked_is_no_leftover(tmp_path):
-    """However old it looks: a large corpus may take more than the minute that leftovers are left alone."""
+    """However old it looks: a large corpus may take more than the minute that leftovers are left
+    alone."""
     path = tmp_path / "corpus.sqlite.1.building"
     with closing(sqlite3.connect(path, isolation_level=None)) as builder:
         builder.execute("CREATE TABLE passages(title)")
@@ -298,10 +373,18 @@ GOOD = json.dumps({"id": 1, "title": "Ann", "text": "one"})
 
 def test_a_corpus_beside_the_questions(tmp_path):
     data = corpus(
-        tmp_path, GOOD, "", json.dumps({"id": "b2", "text": "two"}), json.dumps({"text": "half a pair \ud83d"})
+        tmp_path,
+        GOOD,
+        "",
+        json.dumps({"id": "b2", "text": "two"}),
+        json.dumps({"text": "half a pair \ud83d"}),
     )
     search = search_module.open_search(config_of(data), [])
-    assert search("one") == "Ann: one" and search("two") == "b2: two" and search("pair") == ": half a pair ?"
+    assert (
+        search("one") == "Ann: one"
+        and search("two") == "b2: two"
+        and search("pair") == ": half a pair ?"
+    )
     assert (tmp_path / "corpus.sqlite").exists()
     corpus(tmp_path, GOOD.replace("Ann", "Bob"))
     assert search_module.open_search(config_of(data), [])("one") == "Bob: one"
@@ -342,15 +425,22 @@ def test_contexts_become_the_corpus(tmp_path):
     data = tmp_path / "q.json"
     data.write_text("[]")
     search = search_module.open_search(config_of(str(data)), rows)
-    assert search.size == 2 and search("Ann") == "a1: Ann is a painter." and (tmp_path / "q.sqlite").exists()
+    assert (
+        search.size == 2
+        and search("Ann") == "a1: Ann is a painter."
+        and (tmp_path / "q.sqlite").exists()
+    )
     rows.append(("q.json, line 5", {"context": ["a", "list"]}))
-    with pytest.raises(SystemExit, match="q.json, line 5: field 'context' must be text, or a corpus.jsonl"):
+    with pytest.raises(
+        SystemExit, match="q.json, line 5: field 'context' must be text, or a corpus.jsonl"
+    ):
         search_module.open_search(config_of(str(data)), rows)
 
 
 # ---------------------------------------------------------------- calls
 def call(name="search", **arguments):
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments or {'query': 'Ann'}})}\n</tool_call>"
+    body = json.dumps({"name": name, "arguments": arguments or {"query": "Ann"}})
+    return f"<tool_call>\n{body}\n</tool_call>"
 
 
 @pytest.mark.parametrize(
@@ -368,7 +458,15 @@ def test_calls(turn, small):
 
 
 @pytest.mark.parametrize(
-    "turn", ["", "Ann", "<answer>Ann</answer>", f"<think>{call()}</think>", f"<think>{call()}", "</tool_call>"]
+    "turn",
+    [
+        "",
+        "Ann",
+        "<answer>Ann</answer>",
+        f"<think>{call()}</think>",
+        f"<think>{call()}",
+        "</tool_call>",
+    ],
 )
 def test_turns_without_a_call_in_them(turn):
     assert parse_call(turn) is None
@@ -404,4 +502,6 @@ def test_the_description_is_the_templates_own(name):
     tokenizer = make_tokenizer(chat_template(name), CHATML)
     tools = [get_json_schema(search_module.search)]
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
-    assert f"S{search_module.TOOL_PROMPT}" in tokenizer.apply_chat_template(chat, tools=tools, tokenize=False)
+    assert f"S{search_module.TOOL_PROMPT}" in tokenizer.apply_chat_template(
+        chat, tools=tools, tokenize=False
+    )

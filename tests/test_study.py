@@ -1,4 +1,5 @@
-"""benchmarks/variants.py: what it makes of its runs' logs. The runs themselves take too long for a test."""
+"""benchmarks/variants.py: what it makes of its runs' logs.
+The runs themselves take too long for a test."""
 
 import importlib.util
 import json
@@ -19,7 +20,8 @@ def test_curves_are_mean_and_range_over_seeds():
     runs = {
         1: [line(0, eval_kl=0.0), line(5), line(10, eval_kl=1.0)],
         2: [line(0, eval_kl=0.0), line(5), line(10, eval_kl=4.0)],
-        3: [line(0, eval_kl=0.0), line(5), line(10, eval_kl=None)],  # as where no completion is wrong
+        # as where no completion is wrong
+        3: [line(0, eval_kl=0.0), line(5), line(10, eval_kl=None)],
     }
     expected = {"steps": [0, 10], "mean": [0.0, 2.5], "least": [0.0, 1.0], "most": [0.0, 4.0]}
     assert variants.curves_of(runs, "eval_kl") == expected
@@ -32,17 +34,30 @@ def test_only_a_run_that_reached_the_last_step_is_complete(tmp_path):
     path = tmp_path / "experiment_dapo_seed_1" / "metrics.jsonl"
     path.parent.mkdir()
     lines = [json.dumps(line(step, eval_kl=0.0)) + "\n" for step in (0, 10, 20)]
-    for text, complete in (("".join(lines[:2]), False), ("".join(lines), True), ("".join(lines)[:-3], False)):
+    for text, complete in (
+        ("".join(lines[:2]), False),
+        ("".join(lines), True),
+        ("".join(lines)[:-3], False),
+    ):
         path.write_text(text)
-        assert variants.is_complete(variants.metrics_of("experiment_dapo", 1, config), config) == complete
+        assert (
+            variants.is_complete(variants.metrics_of("experiment_dapo", 1, config), config)
+            == complete
+        )
 
 
 def test_report_is_of_the_command_that_the_readme_names():
     """The committed figures come from all variants and at least three seeds, in this setting."""
     report = json.loads((ROOT / "results" / "variants.json").read_text())
     assert list(report["ends"]) == list(report["curves"]) == list(variants.VARIANTS.values())
-    assert all(list(of) == [str(seed) for seed in variants.Config().seeds] for of in report["ends"].values())
-    assert report["setting"]["lr"] == variants.Config().lr and report["setting"]["max_steps"] == variants.Config().steps
+    assert all(
+        list(of) == [str(seed) for seed in variants.Config().seeds]
+        for of in report["ends"].values()
+    )
+    assert (
+        report["setting"]["lr"] == variants.Config().lr
+        and report["setting"]["max_steps"] == variants.Config().steps
+    )
     for name, value in variants.SETTING.items():
         assert report["setting"][name] == value or str(value).endswith(str(report["setting"][name]))
     for of in report["curves"].values():

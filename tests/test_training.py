@@ -1,4 +1,5 @@
-"""What training does: the first step's figures, the reference, adapters, precision, skipped updates, and learning."""
+"""What training does: the first step's figures, the reference, adapters, precision, skipped
+updates, and learning."""
 
 import json
 import math
@@ -47,7 +48,9 @@ def loaded(monkeypatch):
     def load_and_keep(*args):
         found.policy, found.reference = load_model(*args)
         found.before = {name: value.clone() for name, value in found.policy.state_dict().items()}
-        found.reference_before = found.reference and {n: v.clone() for n, v in found.reference.state_dict().items()}
+        found.reference_before = found.reference and {
+            n: v.clone() for n, v in found.reference.state_dict().items()
+        }
         return found.policy, found.reference
 
     monkeypatch.setattr(load_experiment().train, "load_model", load_and_keep)
@@ -56,17 +59,24 @@ def loaded(monkeypatch):
 
 def moved(found) -> set[str]:
     """The names of the weights that are not what they were."""
-    return {name for name, value in found.policy.state_dict().items() if not torch.equal(value, found.before[name])}
+    return {
+        name
+        for name, value in found.policy.state_dict().items()
+        if not torch.equal(value, found.before[name])
+    }
 
 
 # ---------------------------------------------------------------- the first step
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_step(kind, precision, tmp_path, model, adapter, base):
-    """KL exactly 0, ratio exactly 1, loss 0, and a gradient all the same. Bug: old log-probs from another code path, a
-    reference that is not the policy that training began with (from an adapter: the model without it), or one that
-    follows the policy. With one update a step the ratio is 1 in later steps too."""
-    run_main(tmp_path, **settings_of(kind, model, adapter), precision=precision, train_batch_size=16)
+    """KL exactly 0, ratio exactly 1, loss 0, and a gradient all the same. Bug: old log-probs from
+    another code path, a reference that is not the policy that training began with (from an adapter:
+    the model without it), or one that follows the policy. With one update a step the ratio is 1 in
+    later steps too."""
+    run_main(
+        tmp_path, **settings_of(kind, model, adapter), precision=precision, train_batch_size=16
+    )
     _, first, second = metrics(tmp_path)
     assert first["kl"] == 0 and second["kl"] > 1e-6
     for line in (first, second):
@@ -75,21 +85,32 @@ def test_first_step(kind, precision, tmp_path, model, adapter, base):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weights_that_are_sampled_are_the_weights_that_are_trained(kind, tmp_path, model, adapter, base, loaded):
-    """Bug: a sampler with a copy of the weights that is not renewed. A step's log-probs are recomputed by the policy
-    that the steps before have moved."""
+def test_the_weights_that_are_sampled_are_the_weights_that_are_trained(
+    kind, tmp_path, model, adapter, base, loaded
+):
+    """Bug: a sampler with a copy of the weights that is not renewed. A step's log-probs are
+    recomputed by the policy that the steps before have moved."""
     run_main(tmp_path, **settings_of(kind, model, adapter), max_steps=3)
     gaps = [line["max_log_prob_gap"] for line in metrics(tmp_path)[1:]]
     assert len(gaps) == 3 and max(gaps) < 1e-4 and moved(loaded)
 
 
 @pytest.mark.parametrize("critic_type", ["grpo", "drgrpo", "dapo"])
-def test_first_loss_is_minus_the_weighted_mean_advantage(critic_type, tmp_path, model, base, monkeypatch):
-    """0 for GRPO, whose completions weigh the same; not for the other two, where long ones weigh more."""
+def test_first_loss_is_minus_the_weighted_mean_advantage(
+    critic_type, tmp_path, model, base, monkeypatch
+):
+    """0 for GRPO, whose completions weigh the same;
+    not for the other two, where long ones weigh more."""
     seen, rollout_metrics = [], base.train.rollout_metrics
-    monkeypatch.setattr(base.train, "rollout_metrics", lambda groups: seen.extend(groups) or rollout_metrics(groups))
-    run_main(tmp_path, model, critic_type=critic_type, max_steps=1, train_batch_size=16, kl_weight=0.0)
-    lengths = torch.tensor([len(ids) for e in seen for ids in e.completion_ids], dtype=torch.float64)
+    monkeypatch.setattr(
+        base.train, "rollout_metrics", lambda groups: seen.extend(groups) or rollout_metrics(groups)
+    )
+    run_main(
+        tmp_path, model, critic_type=critic_type, max_steps=1, train_batch_size=16, kl_weight=0.0
+    )
+    lengths = torch.tensor(
+        [len(ids) for e in seen for ids in e.completion_ids], dtype=torch.float64
+    )
     advantages = torch.cat([e.advantages for e in seen]).double()
     assert len(lengths.unique()) > 3
     expected = {
@@ -102,13 +123,14 @@ def test_first_loss_is_minus_the_weighted_mean_advantage(critic_type, tmp_path, 
 
 
 def test_dropout_is_off(tmp_path, base, loaded):
-    """Bug: a checkpoint whose config has dropout: the training forward, in train mode, is another model than the one
-    that sampled, and the ratio is not 1."""
+    """Bug: a checkpoint whose config has dropout: the training forward, in train mode, is another
+    model than the one that sampled, and the ratio is not 1."""
     model = save_model(tmp_path / "model", attention_dropout=0.5)
     run_main(tmp_path, model, train_batch_size=16)
     assert [line["max_log_prob_gap"] < 1e-5 for line in metrics(tmp_path)[1:]] == [True, True]
     assert (
-        metrics(tmp_path)[1]["kl"] == 0 and json.loads((Path(model) / "config.json").read_text())["attention_dropout"]
+        metrics(tmp_path)[1]["kl"] == 0
+        and json.loads((Path(model) / "config.json").read_text())["attention_dropout"]
     )
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
@@ -125,14 +147,19 @@ def test_dropout_of_an_adapter_is_off(tmp_path, model, adapter, base):
     assert [line["max_log_prob_gap"] < 1e-5 for line in metrics(tmp_path)[1:]] == [True, True]
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma3", "gemma3-short-window", "qwen2-untied"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen3", "llama", "gemma3", "gemma3-short-window", "qwen2-untied"]
+)
 def test_architectures_train(architecture, tmp_path, base, loaded):
-    """A step in each family, packed or, where the window is shorter than a row, one completion a row."""
+    """A step in each family, packed or, where the window is shorter than a row,
+    one completion a row."""
     model = save_model(tmp_path / "model", architecture)
     run_main(tmp_path, model, max_steps=1)
     assert base.train.can_pack(loaded.policy.config, 128) == (architecture != "gemma3-short-window")
     (line,) = metrics(tmp_path)[1:]
-    assert line["max_log_prob_gap"] < 1e-4 and line["grad_norm"] > 0 and line["skipped_updates"] == 0
+    assert (
+        line["max_log_prob_gap"] < 1e-4 and line["grad_norm"] > 0 and line["skipped_updates"] == 0
+    )
     assert moved(loaded) == set(loaded.before)
 
 
@@ -141,7 +168,9 @@ def test_lora_trains_the_adapter_and_nothing_else(tmp_path, model, base, loaded)
     """Bug: with LoRA no gradient reaches the B matrices, or the frozen weights move with them."""
     run_main(tmp_path, model, lora_rank=4, max_steps=1, train_batch_size=16)
     b_matrices = {name for name in loaded.before if "lora_B" in name}
-    assert len(b_matrices) == 2 * 7 and b_matrices <= moved(loaded) <= {n for n in loaded.before if "lora_" in n}
+    assert len(b_matrices) == 2 * 7 and b_matrices <= moved(loaded) <= {
+        n for n in loaded.before if "lora_" in n
+    }
     assert read_weights(checkpoints(tmp_path)[1]).keys() == {
         name.replace(".default", "") for name in loaded.before if "lora_" in name
     }
@@ -157,11 +186,17 @@ def test_reference_stays_the_adapter_that_training_began_from(tmp_path, adapter,
         assert torch.equal(now[f"{here}.reference.weight"], value)
         assert not torch.equal(now[f"{here}.default.weight"], value)
     assert loaded.policy.active_adapter == "default"
-    assert not [name for name, p in loaded.policy.named_parameters() if p.requires_grad and ".reference." in name]
+    assert not [
+        name
+        for name, p in loaded.policy.named_parameters()
+        if p.requires_grad and ".reference." in name
+    ]
 
 
 def test_an_adapter_without_a_tokenizer_takes_its_base_models(tmp_path, adapter, base):
-    bare = shutil.copytree(adapter, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "*.jinja"))
+    bare = shutil.copytree(
+        adapter, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "*.jinja")
+    )
     assert not list(bare.glob("token*"))
     run_main(tmp_path, str(bare), max_steps=0)
 
@@ -181,14 +216,17 @@ def test_no_kl_needs_no_reference(tmp_path, model, base, loaded):
 # ---------------------------------------------------------------- memory
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing(kind, tmp_path, model, adapter, base, loaded, monkeypatch):
-    """The layers run twice, and training is the same to the last bit. Bug: transformers does not checkpoint in eval
-    mode and says nothing; with LoRA, whose inputs need no gradient, the reentrant kind yields none."""
+    """The layers run twice, and training is the same to the last bit. Bug: transformers does not
+    checkpoint in eval mode and says nothing; with LoRA, whose inputs need no gradient, the
+    reentrant kind yields none."""
     calls, load_model = [], base.train.load_model  # as the `loaded` fixture wraps it
 
     def load_and_count(*args):
         policy, reference = load_model(*args)
         mlp = base.model.unwrap(policy).get_decoder().layers[0].mlp
-        mlp.register_forward_pre_hook(lambda *_: calls.append(1) if torch.is_grad_enabled() else None)
+        mlp.register_forward_pre_hook(
+            lambda *_: calls.append(1) if torch.is_grad_enabled() else None
+        )
         return policy, reference
 
     monkeypatch.setattr(base.train, "load_model", load_and_count)
@@ -205,9 +243,9 @@ def test_gradient_checkpointing(kind, tmp_path, model, adapter, base, loaded, mo
 
 
 def test_4bit_base_with_lora(tmp_path, base, loaded, monkeypatch):
-    """nf4 weights under an adapter: the matrices are 4-bit, the adapter is float32 and learns, KL 0 at the first step,
-    and the checkpoint is the adapter alone. Bug: on some CPUs bitsandbytes packs the weights in the first eval pass,
-    and later training forwards lose the gradient."""
+    """nf4 weights under an adapter: the matrices are 4-bit, the adapter is float32 and learns, KL 0
+    at the first step, and the checkpoint is the adapter alone. Bug: on some CPUs bitsandbytes packs
+    the weights in the first eval pass, and later training forwards lose the gradient."""
     pytest.importorskip("bitsandbytes")
     sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 128}  # nf4 comes in blocks of 64
     monkeypatch.setitem(ARCHITECTURES, "wide", lambda: transformers.Qwen2Config(**sizes))
@@ -222,13 +260,16 @@ def test_4bit_base_with_lora(tmp_path, base, loaded, monkeypatch):
     _, first, second = metrics(tmp_path)
     assert first["kl"] == 0 and second["kl"] > 0 and first["ess"] == second["ess"] == 1
     assert all("lora_" in name for name in read_weights(checkpoints(tmp_path)[2]))
-    assert all(p.dtype == torch.float32 for name, p in loaded.policy.named_parameters() if "lora_" in name)
+    assert all(
+        p.dtype == torch.float32 for name, p in loaded.policy.named_parameters() if "lora_" in name
+    )
     run_main(tmp_path, **settings, max_steps=3, resume=True)
     assert metrics(tmp_path)[3]["kl"] > 0
 
 
 def test_8bit_optimizer(tmp_path, model, base, loaded):
-    """Its moments are bytes where a weight is large enough, and a resumed run equals the uninterrupted one."""
+    """Its moments are bytes where a weight is large enough,
+    and a resumed run equals the uninterrupted one."""
     pytest.importorskip("bitsandbytes")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     data = dict(data_path=tiny_settings(tmp_path, model)["data_path"], optimizer="adamw8bit")
@@ -237,20 +278,36 @@ def test_8bit_optimizer(tmp_path, model, base, loaded):
         for last in steps:
             run_main(folder, model, **data, max_steps=last, resume=last != steps[0])
     assert_same_run(whole, parts, 4)
-    state = flat(torch.load(checkpoints(whole)[4] / "trainer.pt", weights_only=True)["optimizer"]["state"])
+    state = flat(
+        torch.load(checkpoints(whole)[4] / "trainer.pt", weights_only=True)["optimizer"]["state"]
+    )
     assert torch.uint8 in {value.dtype for value in state.values() if torch.is_tensor(value)}
 
 
 @pytest.mark.parametrize(
     ("function", "error", "constant"),
     [
-        ("sample", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "sample_rows"),
-        ("sequences_log_probs", torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB."), "micro_batch_tokens"),
-        ("sequences_log_probs", RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "micro_batch_tokens"),
+        (
+            "sample",
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            "sample_rows",
+        ),
+        (
+            "sequences_log_probs",
+            torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB."),
+            "micro_batch_tokens",
+        ),
+        (
+            "sequences_log_probs",
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"),
+            "micro_batch_tokens",
+        ),
         ("sequences_log_probs", MemoryError(), "micro_batch_tokens"),
     ],
 )
-def test_out_of_memory_names_the_constant_to_lower(function, error, constant, tmp_path, model, base, monkeypatch):
+def test_out_of_memory_names_the_constant_to_lower(
+    function, error, constant, tmp_path, model, base, monkeypatch
+):
     """Bug: a traceback out of attention, with forty constants to choose from."""
     run_main(tmp_path, model)
 
@@ -277,8 +334,8 @@ def test_other_errors_keep_their_traceback(tmp_path, model, base, monkeypatch):
 # ---------------------------------------------------------------- precision
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_small_updates_are_not_swallowed(precision, tmp_path, model, base, loaded):
-    """Master weights are float32: the norms' weights, 1.0, move by Adam's first step of 6e-4, which bfloat16 rounds
-    away."""
+    """Master weights are float32: the norms' weights, 1.0, move by Adam's first step of 6e-4, which
+    bfloat16 rounds away."""
     run_main(tmp_path, model, precision=precision, lr=6e-4, max_steps=1, train_batch_size=16)
     assert {p.dtype for p in loaded.policy.parameters()} == {torch.float32}
     weights = read_weights(checkpoints(tmp_path)[1])
@@ -292,7 +349,9 @@ def test_small_updates_are_not_swallowed(precision, tmp_path, model, base, loade
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lora_keeps_frozen_weights_in_half_precision(precision, tmp_path, model, base, loaded):
     run_main(tmp_path, model, precision=precision, lora_rank=4)
-    dtypes = {"lora_" in name: parameter.dtype for name, parameter in loaded.policy.named_parameters()}
+    dtypes = {
+        "lora_" in name: parameter.dtype for name, parameter in loaded.policy.named_parameters()
+    }
     assert dtypes == {True: torch.float32, False: getattr(torch, precision)}
     assert {name for name in loaded.before if "lora_B" in name} <= moved(loaded)
 
@@ -300,11 +359,16 @@ def test_lora_keeps_frozen_weights_in_half_precision(precision, tmp_path, model,
 def test_float16_scale_survives_a_resume(tmp_path, model, base, monkeypatch):
     """Bug: the resumed run begins at 65536 again and skips the updates until it has come down."""
     monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda device, enabled, f=torch.amp.GradScaler: f(device, 2.0**40, enabled=enabled)
+        torch.amp,
+        "GradScaler",
+        lambda device, enabled, f=torch.amp.GradScaler: f(device, 2.0**40, enabled=enabled),
     )
     run_main(tmp_path, model, precision="float16")
     state = torch.load(checkpoints(tmp_path)[2] / "trainer.pt", weights_only=True)
-    assert sum(line["skipped_updates"] for line in metrics(tmp_path)[1:]) == 4 and state["scaler"]["scale"] == 2.0**36
+    assert (
+        sum(line["skipped_updates"] for line in metrics(tmp_path)[1:]) == 4
+        and state["scaler"]["scale"] == 2.0**36
+    )
     run_main(tmp_path, model, precision="float16", resume=True, max_steps=3)
     state = torch.load(checkpoints(tmp_path)[3] / "trainer.pt", weights_only=True)
     assert state["scaler"]["scale"] == 2.0**34
@@ -312,19 +376,25 @@ def test_float16_scale_survives_a_resume(tmp_path, model, base, monkeypatch):
 
 # ---------------------------------------------------------------- updates that are left out
 def spoil(patch, updates) -> None:
-    """NaN in place of the log-probs of the training forwards with these numbers; one forward is one update here."""
+    """NaN in place of the log-probs of the training forwards with these numbers;
+    one forward is one update here."""
     train, count = load_experiment().train, iter(range(1, 1000))
     sequences_log_probs = train.sequences_log_probs
 
     def maybe_nan(*args):
         log_probs = sequences_log_probs(*args)
-        return log_probs * math.nan if torch.is_grad_enabled() and next(count) in updates else log_probs
+        return (
+            log_probs * math.nan
+            if torch.is_grad_enabled() and next(count) in updates
+            else log_probs
+        )
 
     patch.setattr(train, "sequences_log_probs", maybe_nan)
 
 
 def test_non_finite_gradients_are_skipped(tmp_path, model, base, loaded, monkeypatch):
-    """Bug: one NaN and every weight is NaN. Both updates of each step are bad here, so nothing moves; all is logged."""
+    """Bug: one NaN and every weight is NaN. Both updates of each step are bad here, so nothing
+    moves; all is logged."""
     spoil(monkeypatch, range(1, 5))
     run_main(tmp_path, model)
     assert [line["skipped_updates"] for line in metrics(tmp_path)[1:]] == [2, 2]
@@ -334,7 +404,8 @@ def test_non_finite_gradients_are_skipped(tmp_path, model, base, loaded, monkeyp
 
 
 def test_the_updates_between_are_made(tmp_path, model, base, loaded, monkeypatch):
-    """The count in a row begins again after a good one, and the good one's figures are not lost in a mean with NaN."""
+    """The count in a row begins again after a good one,
+    and the good one's figures are not lost in a mean with NaN."""
     spoil(monkeypatch, {1, 2, 4, 5})
     monkeypatch.setattr(base.train, "MAX_SKIPPED", 3)
     run_main(tmp_path, model, max_steps=3)
@@ -346,29 +417,39 @@ def test_the_updates_between_are_made(tmp_path, model, base, loaded, monkeypatch
 
 
 def test_many_in_a_row_end_the_run(tmp_path, model, base, monkeypatch):
-    """With the last good checkpoint named and intact. Bug: a run of days that has trained on nothing for most of it."""
+    """With the last good checkpoint named and intact. Bug: a run of days that has trained on
+    nothing for most of it."""
     monkeypatch.setattr(base.train, "MAX_SKIPPED", 3)
     with pytest.MonkeyPatch.context() as patch:
         spoil(patch, range(5, 100))
         with pytest.raises(SystemExit) as exit:
             run_main(tmp_path, model, max_steps=8, epochs=4)
     (checkpoint,) = checkpoints(tmp_path).values()
-    assert "no finite gradient in 3 updates" in exit.value.code and str(checkpoint) in exit.value.code
+    assert (
+        "no finite gradient in 3 updates" in exit.value.code and str(checkpoint) in exit.value.code
+    )
     assert checkpoint.name == "step_000002"
     run_main(tmp_path, model, max_steps=3, epochs=4, resume=True)
     assert metrics(tmp_path)[3]["skipped_updates"] == 0
 
 
 def test_equal_rewards_without_kl_forward_nothing(tmp_path, model, base, loaded, monkeypatch):
-    """Bug: groups without spread cost a forward each and, with momentum or weight decay, still move the weights."""
+    """Bug: groups without spread cost a forward each and, with momentum or weight decay,
+    still move the weights."""
     forwards = []
     sequences_log_probs = base.train.sequences_log_probs
-    monkeypatch.setattr(base.train, "sequences_log_probs", lambda *a: forwards.append(1) or sequences_log_probs(*a))
+    monkeypatch.setattr(
+        base.train, "sequences_log_probs", lambda *a: forwards.append(1) or sequences_log_probs(*a)
+    )
     monkeypatch.setattr(base.train, "accuracy_reward", lambda *_: 0.0)
     run_main(tmp_path, model, kl_weight=0.0)
     assert not forwards and not moved(loaded)
     for line in metrics(tmp_path)[1:]:
-        assert line["zero_std_fraction"] == 1 and line["reward_std"] == 0 and line["skipped_updates"] == 0
+        assert (
+            line["zero_std_fraction"] == 1
+            and line["reward_std"] == 0
+            and line["skipped_updates"] == 0
+        )
     run_main(tmp_path, model, kl_weight=0.1, run_name="with KL")
     assert forwards  # the same groups are forwarded where the KL pulls
 
@@ -376,7 +457,8 @@ def test_equal_rewards_without_kl_forward_nothing(tmp_path, model, base, loaded,
 # ---------------------------------------------------------------- learning
 @pytest.mark.skipif(not (POLICY / "model.safetensors").exists(), reason="needs data/policy_math")
 def test_embedded_policy_learns(tmp_path):
-    """The reward goes up within eight steps of half the default size: the one test that sees the whole algorithm."""
+    """The reward goes up within eight steps of half the default size:
+    the one test that sees the whole algorithm."""
     data = ROOT / "data" / "math_tasks_eval.jsonl"
     (tmp_path / "few.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[:8]))
     config = load_experiment().train.Config(

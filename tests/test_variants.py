@@ -17,7 +17,9 @@ def lines_without_docstring(experiment: str) -> list[str]:
 
 def changed_lines(experiment: str) -> list[str]:
     """Removed and added lines of train.py against the base, header docstring apart."""
-    diff = difflib.unified_diff(*map(lines_without_docstring, ("experiment_base", experiment)), n=0, lineterm="")
+    diff = difflib.unified_diff(
+        *map(lines_without_docstring, ("experiment_base", experiment)), n=0, lineterm=""
+    )
     return [line for line in diff if line[0] in "+-" and not line.startswith(("+++", "---"))]
 
 
@@ -29,7 +31,13 @@ def test_the_diff_to_the_base_is_the_paper(experiment, most):
 @pytest.mark.parametrize("experiment", ["experiment_drgrpo"])
 def test_its_readme_opens_with_the_diff(experiment):
     """Every changed line of train.py, header docstring apart, and no other."""
-    shown = (ROOT / experiment / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
+    shown = (
+        (ROOT / experiment / "README.md")
+        .read_text()
+        .split("```diff\n")[1]
+        .split("```")[0]
+        .splitlines()
+    )
     assert sorted(filter(None, shown)) == sorted(changed_lines(experiment))
 
 
@@ -49,12 +57,17 @@ def test_drgrpo_equal_rewards_have_no_advantage(reward):
 
 
 def test_drgrpo_is_the_default_of_its_experiment():
-    assert drgrpo.train.Config().critic_type == "drgrpo" and load_experiment().train.Config().critic_type == "grpo"
+    assert (
+        drgrpo.train.Config().critic_type == "drgrpo"
+        and load_experiment().train.Config().critic_type == "grpo"
+    )
 
 
 def first_weights(lengths: list[int], critic: str) -> list[float]:
     masks = [torch.ones(length) for length in lengths]
-    return [row[0].item() for row in drgrpo.loss.token_weights(masks, critic, generate_max_length=64)]
+    return [
+        row[0].item() for row in drgrpo.loss.token_weights(masks, critic, generate_max_length=64)
+    ]
 
 
 def test_the_weight_of_a_token_in_completions_of_10_and_40():

@@ -1,6 +1,6 @@
 """Draw runs from their metrics.jsonl, one panel a metric, all runs in each.
 
-    python plot.py runs/a runs/b --metrics reward kl completion_length
+    python tools/plot.py runs/a runs/b --metrics reward kl completion_length
 
 A run that is still under way is drawn as far as it is. Needs matplotlib (requirements-dev.txt).
 """
@@ -17,16 +17,21 @@ import tyro
 @dataclass
 class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # directories that hold a metrics.jsonl
-    metrics: tuple[str, ...] = ("eval_accuracy", "reward", "kl", "completion_length")  # fields of metrics.jsonl
-    smooth: int = 1  # mean over so many steps, up to the one drawn; evaluations (eval_*) are drawn as they are
+    # fields of metrics.jsonl
+    metrics: tuple[str, ...] = ("eval_accuracy", "reward", "kl", "completion_length")
+    # mean over so many steps, up to the one drawn; evaluations (eval_*) are drawn as they are
+    smooth: int = 1
     output: Path = Path("plot.png")  # the picture; the suffix says the format (.png, .pdf, .svg)
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a last one that is half written, as a kill leaves it, is left out."""
+    """The lines of a run's metrics.jsonl; a last one that is half written, as a kill leaves it,
+    is left out."""
     path = run / "metrics.jsonl"
     if not path.is_file():
-        sys.exit(f"error: {path}: no such file; name the directory of a run, such as runs/<run-name>")
+        sys.exit(
+            f"error: {path}: no such file; name the directory of a run, such as runs/<run-name>"
+        )
     lines = path.read_text("utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
@@ -39,8 +44,13 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def series(rows: list[dict], metric: str, smooth: int) -> tuple[list[int], list[float]]:
-    """(steps, values) of the rows that have the metric, each value the mean of the last `smooth` ones."""
-    found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None and math.isfinite(row[metric])]
+    """(steps, values) of the rows that have the metric,
+    each value the mean of the last `smooth` ones."""
+    found = [
+        (row["step"], row[metric])
+        for row in rows
+        if row.get(metric) is not None and math.isfinite(row[metric])
+    ]
     values = [value for _, value in found]
     windows = [values[max(0, i + 1 - smooth) : i + 1] for i in range(len(values))]
     return [step for step, _ in found], [sum(window) / len(window) for window in windows]
@@ -54,7 +64,10 @@ def main(options: Options) -> None:
     runs = {run: read_metrics(run) for run in options.runs}
     known = {name for rows in runs.values() for row in rows for name in row}
     if missing := [metric for metric in options.metrics if metric not in known]:
-        sys.exit(f"error: --metrics {' '.join(missing)}: in none of the runs; they have {', '.join(sorted(known))}")
+        sys.exit(
+            f"error: --metrics {' '.join(missing)}: in none of the runs; "
+            f"they have {', '.join(sorted(known))}"
+        )
 
     import matplotlib
 
@@ -63,12 +76,18 @@ def main(options: Options) -> None:
 
     columns = min(len(options.metrics), 3)
     lines = math.ceil(len(options.metrics) / columns)
-    figure, panels = pyplot.subplots(lines, columns, figsize=(5 * columns, 3.6 * lines), squeeze=False)
+    figure, panels = pyplot.subplots(
+        lines, columns, figsize=(5 * columns, 3.6 * lines), squeeze=False
+    )
     for panel, metric in zip(panels.flat, options.metrics):
         for run, rows in runs.items():
-            steps, values = series(rows, metric, 1 if metric.startswith("eval_") else options.smooth)
+            steps, values = series(
+                rows, metric, 1 if metric.startswith("eval_") else options.smooth
+            )
             label = run.name if len({run.name for run in runs}) == len(runs) else str(run)
-            panel.plot(steps, values, label=label, marker="o" if len(steps) < 20 else None, markersize=3)
+            panel.plot(
+                steps, values, label=label, marker="o" if len(steps) < 20 else None, markersize=3
+            )
         panel.set(xlabel="step", title=metric)
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(options.metrics) :]:

@@ -1,0 +1,216 @@
+"""Sampling: token ids in, token ids and log-probs out. Plumbing, the same in every experiment.
+
+This is the only file that knows a KV cache. What it computes is this, for every history at once:
+
+    ids = history
+    while the last token is no end token and the budget is not used up:
+        logits = policy(ids)[-1]                                 # (vocabulary,)
+        log_probs = log_softmax(logits / temperature)            # (vocabulary,)
+        token = multinomial(exp(log_probs))                      # or argmax, without a generator
+        ids = ids + [token]
+
+Three things make it fast. Keys and values of earlier tokens are kept in a KV cache. Completions of
+one prompt share a row of the cache for as long as they agree. Rows that have ended leave.
+"""
+
+import torch
+from model import autocast
+from run import fail
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+
+@torch.no_grad()  # not inference_mode: it would cast every weight again for every token (autocast)
+def sample(policy, histories, eos_ids, config, generator=None, memory=None):
+    """Sample how each history goes on; without a generator, take the likeliest token each time.
+
+    The distribution is a plain softmax at `temperature`, whatever top_k, top_p or penalty the
+    checkpoint's generation config asks for: the loss takes the log-probs of this distribution.
+
+    histories: token ids, one list for each completion; a group repeats its prompt.
+    eos_ids: ids that end a completion; the end token is part of it.
+    memory: None for a single turn. For dialogues a dict, empty in the first turn, which keeps
+        keys and values from turn to turn, so that each turn forwards only its new tokens.
+
+    Returns (ids, log_probs), for each history the new tokens, (tokens,) each, on the CPU.
+    """
+    device = policy.device
+    histories = [tuple(history) for history in histories]
+    rows = list(dict.fromkeys(histories))  # each distinct history is one row of the cache
+    row_number = {row: number for number, row in enumerate(rows)}
+    eos_ids = torch.tensor(sorted(eos_ids), device=device)
+
+    count = len(histories)
+    ids = torch.zeros(count, config.max_new_tokens, dtype=torch.long, device=device)
+    log_probs = torch.zeros(count, config.max_new_tokens, device=device)
+    lengths = torch.zeros(count, dtype=torch.long, device=device)  # (completions,), tokens so far
+    unfinished = torch.arange(count, device=device)  # (unfinished,), numbers of completions
+    row_of = torch.tensor([row_number[history] for history in histories], device=device)
+
+    with autocast(config, device, sampling=True):
+        cache, mask, logits = prefill(policy, rows, memory)
+        next_positions = mask.sum(-1)  # (rows,), of the token after each row
+        for t in range(config.max_new_tokens):
+            tokens, token_log_probs = choose_tokens(logits, row_of, config, generator)
+            ids[unfinished, t] = tokens
+            log_probs[unfinished, t] = token_log_probs
+            lengths[unfinished] += 1
+
+            ended = torch.isin(tokens, eos_ids)  # (unfinished,)
+            if memory is not None:
+                for i, row in zip(unfinished[ended].tolist(), row_of[ended].tolist()):
+                    forwarded = (*histories[i], *ids[i, :t].tolist())
+                    memory[forwarded] = keys_and_values(cache, row, mask[row].nonzero()[:, 0])
+            unfinished = unfinished[~ended]
+            if len(unfinished) == 0 or t + 1 == config.max_new_tokens:
+                break
+
+            vocabulary = logits.shape[-1]
+            parents, tokens, row_of = split_rows(row_of[~ended], tokens[~ended], vocabulary)
+            if not torch.equal(parents, torch.arange(len(mask), device=device)):
+                mask = mask[parents]
+                next_positions = next_positions[parents]
+                cache.reorder_cache(parents)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # (rows, tokens)
+            logits = policy(
+                tokens[:, None],
+                attention_mask=mask,
+                position_ids=next_positions[:, None] + t,
+                past_key_values=cache,
+            ).logits  # (rows, 1, vocabulary)
+
+    lengths = lengths.tolist()
+    ids = [row[:length] for row, length in zip(ids.cpu(), lengths)]
+    log_probs = [row[:length] for row, length in zip(log_probs.cpu(), lengths)]
+    return ids, log_probs
+
+
+def choose_tokens(logits, row_of, config, generator):
+    """The next token of every unfinished completion, and its log-prob, (unfinished,) each.
+
+    logits: (rows, 1, vocabulary); row_of: (unfinished,), the row of each unfinished completion.
+    """
+    row_log_probs = (logits[:, -1].float() / config.temperature).log_softmax(-1)
+    if row_log_probs.isnan().any():
+        fail(
+            f"the model's logits are not finite in --precision {config.precision}; "
+            "take --precision bfloat16 or float32, or look for NaN in the weights"
+        )
+    log_probs = row_log_probs[row_of]  # (unfinished, vocabulary)
+    if generator is None:
+        tokens = log_probs.argmax(-1)
+    else:
+        tokens = torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
+    return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
+
+
+def split_rows(row_of, tokens, vocabulary: int):
+    """Give completions that have just parted a row each.
+
+    Completions 0 to 3 share row 0, completion 4 has row 1. They sampled the tokens 7, 9, 7, 7, 7:
+
+        row_of       [0, 0, 0, 0, 1]
+        tokens       [7, 9, 7, 7, 7]
+
+    Three pairs (row, token) are left, (0, 7), (0, 9), (1, 7), and each becomes a row:
+
+        parents      [0, 0, 1]           the row that each new row continues
+        row_tokens   [7, 9, 7]           the token that it continues with
+        row_of       [0, 1, 0, 0, 2]     the new row of each completion
+
+    Returns (parents, row_tokens, row_of).
+    """
+    pairs = row_of * vocabulary + tokens  # a number for each pair (row, token)
+    pairs, row_of = torch.unique(pairs, return_inverse=True)
+    return pairs // vocabulary, pairs % vocabulary, row_of
+
+
+# ---------------------------------------------------------------- the KV cache between turns
+def prefill(policy, rows, memory):
+    """Forward of each row what `memory` does not hold.
+
+    rows: token ids, a tuple each. memory: forwarded ids -> keys and values of every layer.
+    Where memory is empty, what all rows begin with (a system prompt) is forwarded once.
+
+    Rows end at different tokens, and what is new of them has different lengths. So there is
+    padding in two places: left of what is remembered, and left of what is new.
+
+        remembered    new            mask
+        . . a b       . c d e        0 0 1 1  0 1 1 1
+        a b c d       e f g h        1 1 1 1  1 1 1 1
+
+    Returns (cache, mask (rows, tokens), logits (rows, 1, vocabulary)).
+    """
+    device = policy.device
+    if memory == {}:
+        remember_common_beginning(policy, rows, memory)
+    cache = None
+    known = [0] * len(rows)  # tokens of each row that the cache holds
+    if memory:
+        cache, known = recall(memory, rows)
+    past = max(known)
+    width = max(len(row) - n for row, n in zip(rows, known))
+
+    input_ids = []
+    mask = []  # from lengths, never from ids: a prompt may hold the padding token
+    for row, n in zip(rows, known):
+        new = len(row) - n
+        input_ids.append([0] * (width - new) + list(row[n:]))
+        mask.append([0] * (past - n) + [1] * n + [0] * (width - new) + [1] * new)
+    input_ids = torch.tensor(input_ids, device=device)  # (rows, width)
+    mask = torch.tensor(mask, device=device)  # (rows, past + width)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # (rows, width)
+    output = policy(
+        input_ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.past_key_values, mask, output.logits
+
+
+def remember_common_beginning(policy, rows, memory) -> None:
+    """Forward once what all rows begin with, at most all but the last token of the shortest."""
+    same = 0
+    while same < min(len(row) for row in rows) - 1 and len({row[same] for row in rows}) == 1:
+        same += 1
+    beginning = rows[0][:same]
+    if beginning:
+        input_ids = torch.tensor([beginning], device=policy.device)
+        output = policy(input_ids, use_cache=True, logits_to_keep=1)
+        columns = torch.arange(same, device=policy.device)
+        memory[beginning] = keys_and_values(output.past_key_values, 0, columns)
+
+
+def keys_and_values(cache, row: int, columns):
+    """Of each layer, the keys and values of a row at `columns`: (heads, tokens, head size) each."""
+    found = []
+    for layer in cache.layers:
+        keys = layer.keys[row].index_select(1, columns)
+        values = layer.values[row].index_select(1, columns)
+        found.append((keys, values))
+    return found
+
+
+def recall(memory, rows):
+    """A KV cache of the longest beginning of each row that `memory` holds, and their lengths.
+
+    It is padded on the left. Afterwards the memory is empty.
+    """
+    lengths = sorted({len(ids) for ids in memory}, reverse=True)
+    found = []
+    for row in rows:
+        known = [row[:length] for length in lengths if row[:length] in memory]
+        found.append(known[0])  # the longest
+    most = max(len(ids) for ids in found)
+    cache = DynamicCache()
+    for layer in range(len(memory[found[0]])):
+        keys = [memory[ids][layer][0] for ids in found]
+        values = [memory[ids][layer][1] for ids in found]
+        keys = torch.stack([pad(x, (0, 0, most - x.shape[1], 0)) for x in keys])
+        values = torch.stack([pad(x, (0, 0, most - x.shape[1], 0)) for x in values])
+        cache.update(keys, values, layer)  # (rows, heads, most, head size)
+    memory.clear()
+    return cache, [len(ids) for ids in found]
