@@ -2,9 +2,9 @@
 
     python benchmarks/base_curve.py                 # seeds 42, 1 and 2, one after the other
 
-Writes results/base_curve.json (every seed's figures, and greedy answers to ten held-out questions
-before and after) and results/base_curve.png. Runs that are complete under --log-dir are not
-repeated.
+Writes results/base_curve.json (every seed's figures, what is drawn, and greedy answers to ten
+held-out questions before and after) and results/base_curve.png, with the mean over the seeds and
+their range. Runs that are complete under --log-dir are not repeated.
 """
 
 import datetime
@@ -22,9 +22,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import tyro
+from variants import curves_of, draw_range
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = ROOT / "experiment_base"
+ACCURACIES = {  # metric -> (label, style)
+    "eval_accuracy": ("held out, greedy: as it is rewarded", {"color": "C0"}),
+    "eval_accuracy_lenient": (
+        "held out, greedy: tags ignored",
+        {"color": "C1", "linestyle": (0, (1, 1.5)), "linewidth": 2.5},
+    ),
+    "reward_accuracy": ("sampled: what is trained on", {"color": "C2"}),
+}
+LENGTH = "completion_length"
 
 
 @dataclass
@@ -91,54 +101,41 @@ def greedy_answers(model_name: str, count: int = 10) -> list[dict]:
     ]
 
 
-def draw(curves: dict[int, list[dict]], path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
-    for i, (seed, lines) in enumerate(curves.items()):
-        evaluated, trained = [line for line in lines if "eval_accuracy" in line], lines[1:]
-        steps, color = [line["step"] for line in trained], f"C{i}"
-        for name, style, what in (
-            ("eval_accuracy", "-", "held out, greedy"),
-            ("eval_accuracy_lenient", ":", "tags ignored"),
-        ):
-            label = f"{what}, seed {seed}"
-            left.plot(
-                [line["step"] for line in evaluated],
-                [line[name] for line in evaluated],
-                style,
-                color=color,
-                label=label,
-            )
-        left.plot(
-            steps,
-            [line["reward_accuracy"] for line in trained],
-            color=color,
-            alpha=0.4,
-            label=f"sampled, seed {seed}",
-        )
-        right.plot(steps, [line["completion_length"] for line in trained], color=color)
-    left.axhline(0.95, color="grey", linewidth=0.5)
-    left.set(xlabel="step", ylabel="right answers", ylim=(0, 1.02))
-    left.legend(fontsize=7, loc="lower right")
-    right.set(xlabel="step", ylabel="sampled tokens per completion")
+def draw(curves: dict[str, dict], seeds: tuple[int, ...], path: Path) -> None:
+    """curves: what `curves_of` gives for each metric, as in results/base_curve.json."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
+    for name, (label, style) in ACCURACIES.items():
+        draw_range(left, curves[name], label=label, **style)
+    left.axhline(0.95, color="grey", linewidth=0.7)
+    left.set(title="right answers", xlabel="step", ylabel="fraction", ylim=(0, 1.02))
+    left.legend(loc="lower right", title=f"mean and range of seeds {', '.join(map(str, seeds))}")
+    draw_range(right, curves[LENGTH], color="C2")
+    right.set(
+        title="length of the sampled completions", xlabel="step", ylabel="tokens", ylim=(0, None)
+    )
+    for panel in (left, right):
+        panel.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def main(config: Config) -> None:
-    curves = {seed: run_seed(seed, config) for seed in config.seeds}
+    runs = {seed: run_seed(seed, config) for seed in config.seeds}
+    curves = {name: curves_of(runs, name) for name in (*ACCURACIES, LENGTH)}
     first = config.seeds[0]
     last = (
         config.checkpoint_path
         / "experiment_base"
         / f"seed_{first}"
-        / f"step_{curves[first][-1]['step']:06d}"
+        / f"step_{runs[first][-1]['step']:06d}"
     )
     before, after = greedy_answers(str(ROOT / "data" / "policy_math")), greedy_answers(str(last))
     report = {
         "command": "python experiment_base/train.py --seed SEED --eval-interval 2",
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-        "seeds": [summarise(seed, lines) for seed, lines in curves.items()],
+        "seeds": [summarise(seed, lines) for seed, lines in runs.items()],
+        "curves": curves,
         "answers": [
             {
                 "prompt": b["prompt"],
@@ -150,7 +147,7 @@ def main(config: Config) -> None:
         ],
     }
     (config.results / "base_curve.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw(curves, config.results / "base_curve.png")
+    draw(curves, config.seeds, config.results / "base_curve.png")
     print(json.dumps(report["seeds"], indent=2))
 
 

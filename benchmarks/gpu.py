@@ -9,21 +9,25 @@ experiment_base/train.py against trl's GRPOTrainer.
 No network: the model has the shape of the real one, random weights and the embedded policy's
 tokenizer. A step is that of benchmarks/vs_trl.py, 16 prompts x 8 completions, two updates, KL 0.01,
 with LoRA of rank 16 and in full training. Each side runs alone, in a process of its own; TRL has
-the fastest micro-batch and generation backend that the time allows to search. Prints, and writes
-into results/gpu.json, for each way of training
+the fastest micro-batch and generation backend that the time allows to search. Where memory runs
+out, ours is tried again with half the tokens of a micro-batch. cuDNN's attention is off for both.
+
+Prints, and writes into results/gpu.json as soon as a way of training is measured, for each of them
 
     step_time_ratio          TRL's seconds a step over ours
     decode_bandwidth         the seconds that reading the weights (in the dtype of the products) and
                              the KV cache once a token takes at the measured copy bandwidth, over
                              the seconds that our sampling took
-    peak_memory_ratio        our peak over TRL's, weights and optimizer included
+    peak_memory_ratio        our peak over TRL's, weights and optimizer included; TRL without its
+                             continuous batching
     max_log_prob_gap         sampled against recomputed log-probs, before and after an update, in
                              float32 and bfloat16
     training_seconds         forward and backward of a packed group, and of its completions in rows
                              of their own, for ratios of prompt to completion of 4:1, 1:1, 1:4 and
-                             1:16
+                             1:16, with the largest micro-batch that the memory holds
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -56,8 +60,9 @@ BARS = {
     "peak_memory_ratio": (None, 0.6),
 }
 BARS["max_log_prob_gap_float32"] = (None, 1e-4)
+CONTINUOUS = "use_transformers_continuous_batching"
 # micro-batch, continuous batching
-TRL_CANDIDATES = [(16, False), (16, True), (32, False), (8, False)]
+TRL_CANDIDATES = [(16, False), (16, True), (32, False), (8, False), (4, False)]
 
 
 @dataclass
@@ -96,12 +101,21 @@ def save_random_model(shape: str, folder: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def free_memory() -> None:
+    """Hand back what this process no longer uses of the device, which other processes then have."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.ipc_collect()
+
+
 # ---------------------------------------------------------------- against TRL
 def run_side(
     side: str, folder: str, options: Options, changes: dict, settings: dict, steps: int
 ) -> dict:
     """Medians over `steps` steps after one to warm up."""
     changes = changes | {"model_name": folder}
+    free_memory()
     with vs_trl.Worker(
         side, 42, steps + 1, settings, changes, eval_interval=None, device=options.device
     ) as worker:
@@ -109,27 +123,61 @@ def run_side(
         return vs_trl.figures_of_side([worker.step() for _ in range(steps + 1)][1:])
 
 
+def run_ours(folder: str, options: Options, changes: dict) -> dict:
+    """Our figures and settings. After an out-of-memory it is tried again with half of what the
+    message names."""
+    least = {"micro_batch_tokens": changes["max_length"], "sample_rows": 8}
+    settings = {
+        "micro_batch_tokens": max(changes["max_length"], options.micro_batch_tokens),
+        "sample_rows": 128,
+    }
+    while True:
+        try:
+            figures = run_side("ours", folder, options, changes, settings, options.steps)
+            return {**figures, "settings": settings}
+        except vs_trl.OutOfMemory as error:
+            name = "sample_rows" if "lower sample_rows" in str(error) else "micro_batch_tokens"
+            if settings[name] == least[name]:
+                raise
+            settings[name] = max(least[name], settings[name] // 2)
+            print(f"ours: out of memory; again with {name} {settings[name]}", flush=True)
+
+
 def fastest_trl(
-    folder: str, options: Options, changes: dict, deadline: float
+    mode: str, folder: str, options: Options, changes: dict, deadline: float
 ) -> tuple[dict, list[dict]]:
-    """(settings, trials of one step each), as many trials as there is time for."""
+    """(settings, trials of one step each), as many trials as there is time for.
+
+    Continuous batching turns the trainer's weights to bfloat16 for good. In full training these are
+    the weights that are trained, so it would be other work than ours, and it is left out there.
+    With LoRA the frozen weights are bfloat16 anyway.
+    """
     trials = []
+    ran = False
     for micro_batch, continuous in TRL_CANDIDATES:
-        if trials and time.time() > deadline:
+        if ran and time.time() > deadline:
             break
-        settings = {
-            "per_device_train_batch_size": micro_batch,
-            "use_transformers_continuous_batching": continuous,
-        }
+        if mode == "full" and continuous:
+            continue
+        settings = {"per_device_train_batch_size": micro_batch, CONTINUOUS: continuous}
         settings |= {"bf16": options.device == "cuda", "attn_implementation": "sdpa"}
         try:
-            trials.append(
-                {"settings": settings, **run_side("trl", folder, options, changes, settings, 1)}
-            )
+            figures = run_side("trl", folder, options, changes, settings, 1)
+            trials.append({"settings": settings, **figures})
+            ran = True
         except RuntimeError as error:
             trials.append({"settings": settings, "error": str(error)})
         print(f"search: {trials[-1]}", flush=True)
     return vs_trl.fastest(trials)["settings"], trials
+
+
+def peak_without_continuous_batching(trl: dict, settings: dict, trials: list[dict]) -> float | None:
+    """TRL's peak in bytes. Continuous batching turns weights to bfloat16 (adapters with them), so
+    its peak is no measure of the same work: the fastest trial without it counts instead."""
+    if not settings[CONTINUOUS]:
+        return trl["whole_peak_bytes"]
+    plain = [t for t in trials if "seconds" in t and not t["settings"][CONTINUOUS]]
+    return vs_trl.fastest(plain)["whole_peak_bytes"] if plain else None
 
 
 def decode_bandwidth(options: Options, ours: dict, copy_bandwidth: float, rows: int) -> float:
@@ -167,16 +215,14 @@ def compare(
 ) -> dict:
     length = options.max_new_tokens + 128
     changes = {"max_new_tokens": options.max_new_tokens, "max_length": length, **MODES[mode]}
-    ours = {"micro_batch_tokens": max(length, options.micro_batch_tokens)}
-    settings, trials = fastest_trl(folder, options, changes, deadline)
-    ours, trl = (
-        run_side(side, folder, options, changes, side_settings, options.steps)
-        for side, side_settings in zip(SIDES, (ours, settings))
-    )
+    settings, trials = fastest_trl(mode, folder, options, changes, deadline)
+    ours = run_ours(folder, options, changes)
+    trl = run_side("trl", folder, options, changes, settings, options.steps)
+    trl_peak = peak_without_continuous_batching(trl, settings, trials)
     return {
         "step_time_ratio": trl["seconds"] / ours["seconds"],
         "decode_bandwidth": decode_bandwidth(options, ours, copy_bandwidth, rows=128),
-        "peak_memory_ratio": ours["whole_peak_bytes"] / trl["whole_peak_bytes"],
+        "peak_memory_ratio": ours["whole_peak_bytes"] / trl_peak if trl_peak else None,
         "ours": ours,
         "trl": trl,
         "trl_settings": settings,
@@ -187,6 +233,7 @@ def compare(
 # ----------------------------------------------- exactness and the training forward, in one process
 def check(folder: str, options: Options) -> dict:
     """What experiment_base computes on this device, apart from TRL."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in vs_trl.py
     sys.path.insert(0, str(ROOT / "experiment_base"))
     import train
 
@@ -198,6 +245,7 @@ def check(folder: str, options: Options) -> dict:
             # train.py's own message is on standard error
             except (torch.OutOfMemoryError, SystemExit):
                 gap = None
+            free_memory()  # here, where no exception holds tensors any more
             results[f"max_log_prob_gap_{precision}_{mode}"] = gap
     config = train.Config(
         model_name=folder, precision="bfloat16" if options.device == "cuda" else "float32"
@@ -206,10 +254,10 @@ def check(folder: str, options: Options) -> dict:
     unit = 64 if options.device == "cuda" else 4
     for prompt, completion in ((16, 4), (4, 4), (4, 16), (4, 64)):
         for name, packed in (("packed", True), ("rows of their own", False)):
-            seconds = training_seconds(
+            key = f"{prompt * unit}:{completion * unit}, {name}"
+            results["training_seconds"][key] = largest_that_fits(
                 train, policy, config, prompt * unit, completion * unit, packed
             )
-            results["training_seconds"][f"{prompt * unit}:{completion * unit}, {name}"] = seconds
     return results
 
 
@@ -224,7 +272,8 @@ def log_prob_gap(train, folder: str, options: Options, precision: str, mode: str
     optimizer = train.make_optimizer(policy, config)
     tokenizer = train.load_tokenizer(folder)
     prompts, _ = train.read_prompts(config, tokenizer)
-    gaps, objective = [], train.GRPOLoss(0.2, 0.2, config.kl_weight)
+    objective = train.GRPOLoss(0.2, 0.2, config.kl_weight)
+    packed = train.can_pack(train.unwrap(policy).config, config.max_length)
     for step in (1, 2):
         generator = train.make_generator(options.device, 42, step)
         experiences = train.rollout(
@@ -232,55 +281,71 @@ def log_prob_gap(train, folder: str, options: Options, precision: str, mode: str
         )
         for experience in experiences:
             experience.advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-        replay_buffer = train.ReplayBuffer()
+        replay_buffer = train.ReplayBuffer(packed)
         replay_buffer.extend(experiences)
-        batches = replay_buffer.batches(config, True, train.make_generator("cpu", 42, step))
-        batches = [[micro_batch.to(options.device) for micro_batch in batch] for batch in batches]
-        train.remember_log_probs(policy, reference, batches, config)
+        (batch,) = replay_buffer.batches(config, train.make_generator("cpu", 42, step))
+        batch = [micro_batch.to(options.device) for micro_batch in batch]
+        train.add_old_and_reference_log_probs(policy, reference, [batch], config)
         policy.train()
-        for micro_batch in batches[0]:
+        for micro_batch in batch:
             log_probs = train.sequences_log_probs(policy, micro_batch, config)
-            micro_batch.old_log_probs = log_probs.detach()
-            loss, sums = objective(log_probs, micro_batch)
-            loss.backward()
-            gaps.append(sums["gap"].item())
+            objective(log_probs, micro_batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return max(gaps)
+    return max(sums["gap"].item() for sums in objective.token_sums)
+
+
+def largest_that_fits(
+    train, policy, config, prompt: int, completion: int, packed: bool
+) -> dict | None:
+    """A group's training seconds, and the tokens of the micro-batches: the whole group's, or after
+    an out-of-memory half as many, down to one completion at a time. None where that is too much."""
+    tokens = 8 * (prompt + completion)
+    while True:
+        seconds = training_seconds(train, policy, config, prompt, completion, packed, tokens)
+        policy.zero_grad()
+        free_memory()
+        if seconds is not None:
+            return {"seconds": seconds, "micro_batch_tokens": tokens}
+        if tokens == prompt + completion:
+            return None
+        tokens //= 2
 
 
 def training_seconds(
-    train, policy, config, prompt: int, completion: int, packed: bool
+    train, policy, config, prompt: int, completion: int, packed: bool, micro_batch_tokens: int
 ) -> float | None:
     """Median of five of a group's forward and backward; None where the memory does not hold it."""
     ids = torch.randint(3, 300, (8, completion), generator=torch.Generator().manual_seed(0))
     experience = train.Experience(
         prompt_ids=torch.arange(prompt) % 300,
         completion_ids=list(ids),
-        masks=[torch.ones(completion)] * 8,
+        completion_masks=[torch.ones(completion)] * 8,
         sampled_log_probs=[torch.zeros(completion)] * 8,
         truncated=torch.zeros(8),
         completions=[""] * 8,
         answer="",
         advantages=torch.ones(8),
     )
-    replay_buffer = train.ReplayBuffer()
+    replay_buffer = train.ReplayBuffer(packed)
     replay_buffer.extend([experience])
-    config.train_batch_size, config.micro_batch_tokens = 8, 8 * (prompt + completion)
-    (batch,) = replay_buffer.batches(config, packed, torch.Generator())
+    config.train_batch_size = 8
+    config.micro_batch_tokens = micro_batch_tokens
+    (batch,) = replay_buffer.batches(config, torch.Generator())
     times = []
     policy.train()
     try:
         for _ in range(6):
             start = now(policy.device.type)
             for micro_batch in batch:
-                train.sequences_log_probs(
-                    policy, micro_batch.to(policy.device), config
-                ).sum().backward()
+                micro_batch = micro_batch.to(policy.device)
+                train.sequences_log_probs(policy, micro_batch, config).sum().backward()
             policy.zero_grad()
             times.append(now(policy.device.type) - start)
-    except torch.OutOfMemoryError:
-        return None
+    except RuntimeError as error:
+        if vs_trl.is_out_of_memory(error):
+            return None
+        raise
     return median(times[1:])
 
 
@@ -291,51 +356,68 @@ def main(options: Options) -> None:
     start = time.time()
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(options.model, folder)
-        command = [
-            sys.executable,
-            __file__,
-            "--check",
-            folder,
-            options.model,
-            options.device,
-            *options.modes,
-        ]
-        checks = json.loads(
-            subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]
-        )
+        free_memory()
+        results = run_check(folder, options)
         copy_bandwidth = measure_copy_bandwidth(options.device)
-        results = {"copy_bandwidth_bytes_per_second": copy_bandwidth, **checks}
+        free_memory()
+        results["copy_bandwidth_bytes_per_second"] = copy_bandwidth
         for i, mode in enumerate(options.modes):
             # of the time, spent when the search of this mode ends
             share = (i + 0.6) / len(options.modes)
-            results[mode] = compare(
-                mode, folder, options, copy_bandwidth, start + share * options.seconds
-            )
-    device = (
-        torch.cuda.get_device_name()
-        if options.device == "cuda"
-        else vs_trl.describe_machine()["cpu"]
-    )
-    about = {"device": device, "options": asdict(options), "seconds_in_all": time.time() - start}
-    about["versions"] = vs_trl.describe_machine()["versions"]
+            deadline = start + share * options.seconds
+            try:
+                results[mode] = compare(mode, folder, options, copy_bandwidth, deadline)
+            except RuntimeError as error:  # the other mode may run all the same
+                results[mode] = {"error": str(error)}
+            free_memory()
+            write(options, results, time.time() - start)
+    report(options, results)
+    print(f"written: {options.output}, {time.time() - start:.0f} s")
+    if any("error" in results[mode] for mode in options.modes):
+        sys.exit("error: not every mode could be measured; the messages are above")
+
+
+def run_check(folder: str, options: Options) -> dict:
+    """`check` in a process of its own, whose memory is free again when it ends."""
+    arguments = ["--check", folder, options.model, options.device, *options.modes]
+    command = [sys.executable, __file__, *arguments]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def write(options: Options, results: dict, seconds: float) -> None:
+    machine = vs_trl.describe_machine()
+    about = {"device": machine["cpu"], "options": asdict(options), "seconds_in_all": seconds}
+    if options.device == "cuda":
+        about["device"] = torch.cuda.get_device_name()
+    about |= {"date": machine["date"], "versions": machine["versions"]}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(vs_trl.to_json(about | results, indent=1) + "\n")
-    shown = {name: value for name, value in results.items() if name not in options.modes}
-    shown |= {f"{mode}, {side}": results[mode][side] for mode in options.modes for side in SIDES}
-    print("\n".join(f"{name}: {vs_trl.to_json(value)}" for name, value in shown.items()))
+
+
+def report(options: Options, results: dict) -> None:
+    """Print all figures, and whether they meet the bars."""
+    for name, value in results.items():
+        if name not in options.modes:
+            print(f"{name}: {vs_trl.to_json(value)}")
+    for mode in options.modes:
+        for side in SIDES:
+            if side in results[mode]:
+                print(f"{mode}, {side}: {vs_trl.to_json(results[mode][side])}")
     print("the bars are those of the 1.5b shape on a CUDA device:")
     for mode in options.modes:
-        found = results[mode] | {
-            "max_log_prob_gap_float32": results[f"max_log_prob_gap_float32_{mode}"]
-        }
+        if "error" in results[mode]:
+            print(f"{mode}: {results[mode]['error']}")
+            continue
+        gap = results[f"max_log_prob_gap_float32_{mode}"]
+        found = results[mode] | {"max_log_prob_gap_float32": gap}
         for name, (least, most) in BARS.items():
             bar = f"bar at least {least}" if most is None else f"bar at most {most}"
             if found[name] is None:
-                print(f"{mode}: {name}, {bar}: out of memory")
+                print(f"{mode}: {name}, {bar}: not measured, the memory did not hold it")
                 continue
             met = (least is None or found[name] >= least) and (most is None or found[name] <= most)
             print(f"{mode}: {name} {found[name]:.3g}, {bar}: {'met' if met else 'MISSED'}")
-    print(f"written: {options.output}, {about['seconds_in_all']:.0f} s")
 
 
 if __name__ == "__main__":

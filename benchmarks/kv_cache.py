@@ -38,18 +38,27 @@ class Options:
     steps: int = 10  # timed, after one to warm up
 
 
+def sampling_with(change, sample):
+    """`sample`, with another memory than the one that the rollout keeps."""
+
+    def wrapped(policy, histories, eos_ids, config, generator, memory):
+        return sample(policy, histories, eos_ids, config, generator, change(memory))
+
+    return wrapped
+
+
 def main(options: Options) -> None:
     config, device = train.resolve(train.Config(model_name=options.model_name, kl_weight=0))
     tokenizer = train.load_tokenizer(config.model_name)
     prompts, _ = train.read_prompts(config, tokenizer)
     policy, _ = train.load_model(config, device)
-    sample, seconds, gap = train.sample, {way: [] for way in WAYS}, 0.0
+    sample = train.sample
+    seconds = {way: [] for way in WAYS}
+    gap = 0.0
     for step in range(1, options.steps + 2):
         sampled = {}
         for way, change in WAYS.items():
-            train.sample = lambda policy, rows, ends, memory, *rest, change=change: sample(
-                policy, rows, ends, change(memory), *rest
-            )
+            train.sample = sampling_with(change, sample)
             step_prompts = train.prompts_of_step(prompts, step, config)
             generator = train.make_generator(device, step)
             start = time.perf_counter()

@@ -85,17 +85,20 @@ def log_ratios(train, reference, groups, config) -> tuple[torch.Tensor, torch.Te
     from model import can_pack
     from replay_buffer import ReplayBuffer
 
-    # 1: forward every group
+    # Without a KL term, groups without an advantage would not be forwarded.
     config = replace(config, group_size=SAMPLES, train_batch_size=SAMPLES, kl_weight=1.0)
     for group in groups:
         group.advantages = torch.zeros(SAMPLES)
-    buffer = ReplayBuffer()
-    buffer.extend(groups)
-    packed = can_pack(reference.config, config.max_length)
-    batches = sum(buffer.batches(config, packed, torch.Generator().manual_seed(0)), [])
-    with torch.no_grad():
-        of_reference = [train.sequences_log_probs(reference, batch, config) for batch in batches]
-    return torch.cat([batch.sampled_log_probs for batch in batches]), torch.cat(of_reference)
+    replay_buffer = ReplayBuffer(packed=can_pack(reference.config, config.max_length))
+    replay_buffer.extend(groups)
+    sampled = []
+    of_reference = []
+    for batch in replay_buffer.batches(config, torch.Generator().manual_seed(0)):
+        for micro_batch in batch:
+            sampled.append(micro_batch.sampled_log_probs)
+            with torch.no_grad():
+                of_reference.append(train.sequences_log_probs(reference, micro_batch, config))
+    return torch.cat(sampled), torch.cat(of_reference)
 
 
 def measure(train, policy, reference, tokenizer, prompts, config) -> dict[str, float | None]:
@@ -225,6 +228,15 @@ def ends_of(experiment: str, runs: dict[int, list[dict]], config: Config) -> dic
     return ends
 
 
+def draw_range(panel, curve: dict, **style) -> None:
+    """The mean over seeds as a line, and from the least to the most as a shade."""
+    points = zip(curve["steps"], curve["mean"], curve["least"], curve["most"])
+    points = [point for point in points if point[1] is not None]
+    steps, means, least, most = zip(*points)
+    (line,) = panel.plot(steps, means, **style)
+    panel.fill_between(steps, least, most, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
 def draw(curves: dict[str, dict], measures: list[str], path: Path) -> None:
     import matplotlib
 
@@ -234,14 +246,7 @@ def draw(curves: dict[str, dict], measures: list[str], path: Path) -> None:
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 7))
     for panel, name in zip(panels.flat, measures):
         for variant, of in curves.items():
-            points = [
-                p
-                for p in zip(*(of[name][k] for k in ("steps", "mean", "least", "most")))
-                if p[1] is not None
-            ]
-            steps, means, least, most = zip(*points)
-            panel.plot(steps, means, label=variant)
-            panel.fill_between(steps, least, most, alpha=0.2)
+            draw_range(panel, of[name], label=variant)
         panel.set(xlabel="step", title=MEASURES[name])
         panel.grid(alpha=0.3)
     panels[0, 0].legend(title="mean and range of the seeds", fontsize=8, title_fontsize=8)

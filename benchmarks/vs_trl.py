@@ -11,10 +11,12 @@ see the same machine. A step is 16 prompts x 8 completions and the two updates o
 that follow, with the same model, prompts in the same order, rewards, KL weight, clipping and AdamW.
 What is timed is the code that people run:
 
-    ours    train.main itself; in place of its progress bar an iterator waits for the driver between
-            two steps. Its logging counts as part of the step.
-    trl     GRPOTrainer.train, which waits in a callback. Its logging, progress bar and saving are
-            off, gradient checkpointing too.
+    ours    train.main itself; what yields the numbers of its steps waits for the driver before
+            each. Its logging counts as part of the step.
+    trl     GRPOTrainer.train, which waits in a callback. Its logging and saving are off, gradient
+            checkpointing too.
+
+Progress bars are off on both sides, and so is cuDNN's attention.
 
 A search finds the fastest settings of each first: precision and attention for both, for TRL its
 micro-batch and generation backend as well. Evaluations (our `evaluate` in float32 for both) count
@@ -157,12 +159,15 @@ class Clock:
                 "whole_peak_bytes": self.peak,
                 **self.more,
             }
-        print(json.dumps(report), file=self.pipe, flush=True)
+        self.tell(report)
         if sys.stdin.readline().strip() != "go":
             os._exit(0)  # the driver has all it wants, or is gone
         self.reset()
         self.running.set()
         self.start = now(self.device)
+
+    def tell(self, report: dict) -> None:
+        print(json.dumps(report), file=self.pipe, flush=True)
 
     def evaluating(self, evaluate):
         """`evaluate`, with neither its time nor its memory counted."""
@@ -193,6 +198,16 @@ class Clock:
 
 
 # ---------------------------------------------------------------- worker: the two sides
+class OutOfMemory(RuntimeError):
+    """A side had not enough memory; the message is that side's own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or the line with which train.py ends, is about memory."""
+    signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
 def work(
     side: str,
     seed: int,
@@ -205,6 +220,11 @@ def work(
 ):
     """One side, until the driver wants no more. One step more than it may ask for, so that no step
     is the last. Where `eval_interval` is None nothing is evaluated."""
+    import torch
+
+    # Off for both sides before anything runs. It gives NaN gradients for some masks, and makes a
+    # new plan for every length of the KV cache. Our model.py turns it off, nothing in TRL does.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     sys.path.insert(0, str(ROOT / EXPERIMENT))
     import train
 
@@ -220,45 +240,39 @@ def work(
     config.log_dir, config.checkpoint_path = f"{folder}/runs", f"{folder}/output"
     config.checkpoint_interval = 10**9
     config.eval_interval = eval_interval or 10**9
-    if side == "ours":
-        run_ours(train, replace(config, **settings), clock)
-    else:
-        run_trl(
-            train,
-            train.resolve(config)[0],
-            clock,
-            settings,
-            eval_interval is not None,
-            device,
-            folder,
-        )
+    try:
+        if side == "ours":
+            run_ours(train, replace(config, **settings), clock)
+        else:
+            config, _ = train.resolve(config)
+            run_trl(train, config, clock, settings, eval_interval is not None, device, folder)
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            clock.tell({"out_of_memory": str(error)})
+        raise
 
 
 def run_ours(train, config, clock: Clock) -> None:
     log = train.Run.log
+    steps = train.Run.steps
 
     def log_and_tell(run, step, metrics, text=None):
         clock.reward = metrics.get("reward")
         log(run, step, metrics, text)
 
-    # in place of the progress bar, whose iterator is where main passes from one step to the next
-    class Steps:
-        def __init__(self, steps, **_):
-            self.steps = steps
-
-        def __iter__(self):
-            for step in self.steps:
-                clock.next_step()
-                yield step
-
-        def set_postfix(self, **_):
-            pass
+    def steps_when_told(run, last_step):
+        """The generator in which main passes from one step to the next."""
+        for step in steps(run, last_step):
+            clock.next_step()
+            yield step
 
     def count(experiences):
-        return int(sum(mask.sum() for experience in experiences for mask in experience.masks))
+        masks = [mask for experience in experiences for mask in experience.completion_masks]
+        return int(sum(mask.sum() for mask in masks))
 
     clock.info = {"settings": {name: str(value) for name, value in asdict(config).items()}}
-    train.Run.log, train.tqdm = log_and_tell, Steps
+    train.Run.log = log_and_tell
+    train.Run.steps = steps_when_told
     train.rollout = clock.sampling_in(train.rollout, count)
     train.main(config)
 
@@ -431,7 +445,10 @@ class Worker:
             raise RuntimeError(
                 f"the {self.side} worker {'ended' if ready else 'is stuck'}; its messages are above"
             )
-        return json.loads(line)
+        report = json.loads(line)
+        if "out_of_memory" in report:
+            raise OutOfMemory(f"the {self.side} worker: {report['out_of_memory']}")
+        return report
 
     def step(self) -> dict:
         self.process.stdin.write("go\n")

@@ -34,7 +34,8 @@ disable_progress_bar()  # the training has one, and it is enough
 # every length of the KV cache, that is for every sampled token.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-TEST = {"max_prompts": 100, "max_eval_prompts": 100, "max_steps": 100, "checkpoint_interval": 50}
+TEST_AT_MOST = {"max_prompts": 100, "max_eval_prompts": 100, "max_steps": 100}
+TEST_CHECKPOINT_INTERVAL = 50
 
 
 def resolve(config):
@@ -56,9 +57,10 @@ def resolve(config):
     if config.precision == "auto":
         changes["precision"] = precision
     if config.test:
-        for name, most in TEST.items():
+        for name, most in TEST_AT_MOST.items():
             value = getattr(config, name)
             changes[name] = most if value is None else min(value, most)
+        changes["checkpoint_interval"] = TEST_CHECKPOINT_INTERVAL
     return replace(config, **changes), device
 
 

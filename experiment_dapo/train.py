@@ -21,7 +21,6 @@ Unlike the paper: tokens are counted over the optimizer batch, and a batch that 
 trained on as it is.
 """
 
-import math
 import random
 import re
 import time
@@ -255,17 +254,13 @@ def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
 
 
 def next_prompts(prompts: list[Prompt], cursor: int, count: int, config: Config) -> list[Prompt]:
-    """`count` prompts, where `cursor` have been taken so far.
-
-    An epoch's order depends on (seed, epoch) alone.
-    """
+    """`count` prompts after `cursor`. An epoch's order depends on (seed, epoch) alone."""
     chosen = []
-    while len(chosen) < count:
-        epoch, position = divmod(cursor + len(chosen), len(prompts))
+    for number in range(cursor, cursor + count):
+        epoch, position = divmod(number, len(prompts))
         generator = make_generator("cpu", config.seed, "epoch", epoch)
         order = torch.randperm(len(prompts), generator=generator)
-        missing = count - len(chosen)
-        chosen += [prompts[i] for i in order[position : position + missing]]
+        chosen.append(prompts[order[position]])
     return chosen
 
 
@@ -330,10 +325,9 @@ def reward(experience: Experience, config: Config) -> dict[str, torch.Tensor]:
 
 
 def overlong_punishment(experience: Experience, config: Config) -> torch.Tensor:
-    """(group_size,): 0 up to L_max - L_cache tokens, then linearly down to -1 (equation 13).
+    """(group_size,): 0 up to L_max - L_cache tokens, then linearly to -1 at L_max (equation 13).
 
-    At L_max it is -1. L_max is the most tokens that a completion may sample, L_cache the share
-    `overlong_cache` of it.
+    L_max is generate_max_length, L_cache the share `overlong_cache` of it.
     """
     lengths = torch.tensor([float(mask.sum()) for mask in experience.completion_masks])
     cache = config.overlong_cache * config.generate_max_length
@@ -371,30 +365,25 @@ def rollout(
     return experiences
 
 
-def dynamic_sampling(
-    policy, tokenizer, prompts: list[Prompt], cursor: int, step: int, config: Config
-):
+def dynamic_sampling(policy, tokenizer, prompts, cursor: int, step: int, config: Config):
     """Sample until `rollouts_per_step` groups have both right and wrong completions (section 3.2).
 
-    Right is what the accuracy part says: form and length give spread to groups that are all wrong,
-    too. A round takes as many fresh prompts as groups are missing, so an epoch takes every prompt
-    once. Fewer groups are kept where the rounds or the prompts run out.
-
-    Returns (groups kept, all groups that were sampled, the new cursor).
+    A round takes as many fresh prompts as groups are missing. Form and length would give spread to
+    groups that are all wrong, so only the accuracy part counts. Fewer groups are kept where rounds
+    or prompts run out. Returns (groups kept, all groups that were sampled, the new cursor).
     """
     kept = []
     sampled = []
     generator = make_generator(policy.device, config.seed, "sample", step)
     for _ in range(config.max_sampling_rounds):
-        missing = config.rollouts_per_step - len(kept)
-        count = min(missing, config.epochs * len(prompts) - cursor)
+        prompts_left = config.epochs * len(prompts) - cursor
+        count = min(config.rollouts_per_step - len(kept), prompts_left)
         chosen = next_prompts(prompts, cursor, count, config)
         cursor += count
         for experience in rollout(policy, tokenizer, chosen, config.group_size, config, generator):
             experience.reward_parts = reward(experience, config)
             sampled.append(experience)
-            right = experience.reward_parts["reward_accuracy"].sum()
-            if 0 < right < config.group_size:
+            if 0 < experience.reward_parts["reward_accuracy"].sum() < config.group_size:
                 kept.append(experience)
     return kept, sampled, cursor
 
@@ -412,14 +401,12 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def without_truncated(experience: Experience) -> Experience:
-    """Overlong filtering (section 3.4): completions that the token budget ended leave the loss.
+    """Overlong filtering (section 3.4): what the token budget cut off leaves the loss.
 
-    Their tokens are not counted either. They stay part of their group, whose mean and standard
-    deviation hold their reward.
+    Its tokens are not counted either, but its reward stays in its group's mean and deviation.
     """
-    masks = []
-    for mask, is_cut_off in zip(experience.completion_masks, experience.truncated):
-        masks.append(torch.zeros_like(mask) if is_cut_off else mask)
+    keep = 1 - experience.truncated.long()  # (group_size,)
+    masks = [mask * keep[i] for i, mask in enumerate(experience.completion_masks)]
     return replace(experience, completion_masks=masks)
 
 
@@ -536,20 +523,20 @@ def main(config: Config) -> None:
     replay_buffer = ReplayBuffer(packed=can_pack(unwrap(policy).config, config.max_length))
     cursor = run.state.get("prompt_cursor", 0)
     last_cursor = config.epochs * len(prompts)
-    steps_left = math.ceil((last_cursor - cursor) / config.rollouts_per_step)  # if all are kept
-    last_step = run.state["step"] + steps_left
+    # Rounded up, and if every group were kept.
+    last_step = run.state["step"] - (cursor - last_cursor) // config.rollouts_per_step
     if config.max_steps is not None:
         last_step = min(last_step, config.max_steps)
 
     for step in run.steps(last_step):
-        # 1. Sample groups of completions, until there are enough that teach something.
+        # 1. Sample a group of completions for every prompt.
         step_start = time.time()
         kept, experiences, cursor = dynamic_sampling(
             policy, tokenizer, prompts, cursor, step, config
         )
         sampling_end = time.time()
 
-        # 2. Compare each completion with its group.
+        # 2. Reward each completion, and compare it with its group.
         for experience in experiences:
             experience.rewards = sum(experience.reward_parts.values())  # (group_size,)
             experience.advantages = group_advantages(experience.rewards)  # (group_size,)
@@ -582,8 +569,8 @@ def main(config: Config) -> None:
         # 5. Log, evaluate, save.
         metrics = {
             "elapsed_seconds": run.elapsed_seconds(),
-            **rollout_metrics(experiences),  # of all groups; training sees those that were kept
-            "groups": len(kept),
+            **rollout_metrics(experiences),
+            "groups": len(kept),  # that are trained on; the figures above are of all
             "wasted_fraction": 1 - len(kept) / len(experiences),
             **loss_metrics(objective.token_sums, grad_norms, config.max_norm),
             **speed_metrics(experiences, objective.token_sums, step_start, sampling_end),

@@ -470,7 +470,7 @@ def why_nothing_is_learnt(experiences) -> str:
         part = torch.cat([e.reward_parts[name] for e in experiences])  # (completions,)
         value = part[0].item()
         if (part != value).any():
-            seen.append(f"{name} differs between groups but not within one")
+            seen.append(f"{name} differs, but within no group that is trained on")
             continue
         seen.append(f"every {name} is {value:g}")
         if name == main_part and value <= 0:

@@ -40,11 +40,11 @@ def sample(policy, histories, eos_ids, config, generator=None, memory=None):
     row_number = {row: number for number, row in enumerate(rows)}
     eos_ids = torch.tensor(sorted(eos_ids), device=device)
 
-    count = len(histories)
-    ids = torch.zeros(count, config.max_new_tokens, dtype=torch.long, device=device)
-    log_probs = torch.zeros(count, config.max_new_tokens, device=device)
-    lengths = torch.zeros(count, dtype=torch.long, device=device)  # (completions,), tokens so far
-    unfinished = torch.arange(count, device=device)  # (unfinished,), numbers of completions
+    shape = (len(histories), config.max_new_tokens)
+    ids = torch.zeros(shape, dtype=torch.long, device=device)  # (completions, new tokens)
+    log_probs = torch.zeros(shape, device=device)  # (completions, new tokens)
+    lengths = torch.zeros_like(ids[:, 0])  # (completions,), new tokens so far
+    unfinished = torch.arange(len(ids), device=device)  # (unfinished,), numbers of completions
     row_of = torch.tensor([row_number[history] for history in histories], device=device)
 
     with autocast(config, device, sampling=True):
@@ -60,7 +60,7 @@ def sample(policy, histories, eos_ids, config, generator=None, memory=None):
             if memory is not None:
                 for i, row in zip(unfinished[ended].tolist(), row_of[ended].tolist()):
                     forwarded = (*histories[i], *ids[i, :t].tolist())
-                    memory[forwarded] = keys_and_values(cache, row, mask[row].nonzero()[:, 0])
+                    remember(memory, forwarded, cache, row, mask[row])
             unfinished = unfinished[~ended]
             if len(unfinished) == 0 or t + 1 == config.max_new_tokens:
                 break
@@ -72,17 +72,16 @@ def sample(policy, histories, eos_ids, config, generator=None, memory=None):
                 next_positions = next_positions[parents]
                 cache.reorder_cache(parents)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # (rows, tokens)
-            logits = policy(
-                tokens[:, None],
-                attention_mask=mask,
-                position_ids=next_positions[:, None] + t,
-                past_key_values=cache,
-            ).logits  # (rows, 1, vocabulary)
+            positions = next_positions[:, None] + t  # (rows, 1)
+            arguments = {"attention_mask": mask, "position_ids": positions}
+            output = policy(tokens[:, None], past_key_values=cache, **arguments)
+            logits = output.logits  # (rows, 1, vocabulary)
+    return cut(ids, lengths), cut(log_probs, lengths)
 
-    lengths = lengths.tolist()
-    ids = [row[:length] for row, length in zip(ids.cpu(), lengths)]
-    log_probs = [row[:length] for row, length in zip(log_probs.cpu(), lengths)]
-    return ids, log_probs
+
+def cut(rows, lengths) -> list:
+    """Rows of their own lengths, on the CPU. rows: (n, tokens), lengths: (n,)."""
+    return [row[:length] for row, length in zip(rows.cpu(), lengths.tolist())]
 
 
 def choose_tokens(logits, row_of, config, generator):
@@ -180,18 +179,20 @@ def remember_common_beginning(policy, rows, memory) -> None:
     if beginning:
         input_ids = torch.tensor([beginning], device=policy.device)
         output = policy(input_ids, use_cache=True, logits_to_keep=1)
-        columns = torch.arange(same, device=policy.device)
-        memory[beginning] = keys_and_values(output.past_key_values, 0, columns)
+        remember(memory, beginning, output.past_key_values, 0, torch.ones_like(input_ids[0]))
 
 
-def keys_and_values(cache, row: int, columns):
-    """Of each layer, the keys and values of a row at `columns`: (heads, tokens, head size) each."""
-    found = []
+def remember(memory, forwarded, cache, row: int, mask) -> None:
+    """Keep the keys and values of a row of the cache, by the ids that were forwarded.
+
+    mask: (tokens,), 0 for the row's padding. Of each layer (heads, tokens, head size), twice.
+    """
+    columns = mask.nonzero()[:, 0]  # looked up once, not once a layer
+    memory[forwarded] = []
     for layer in cache.layers:
         keys = layer.keys[row].index_select(1, columns)
         values = layer.values[row].index_select(1, columns)
-        found.append((keys, values))
-    return found
+        memory[forwarded].append((keys, values))
 
 
 def recall(memory, rows):

@@ -37,3 +37,26 @@ def holds_gold(text: str, golds: list[str]) -> bool:
     """Whether a gold stands in a text, both normalised, as whole words; tags are none."""
     text = normalize_answer(re.sub(r"</?\w+>", " ", text))
     return any(f" {normalize_answer(gold)} " in f" {text} " for gold in golds)
+
+
+def given_answer(trajectory) -> str | None:
+    """The text of the last <answer> ... </answer> in its last turn.
+
+    None where there is none, or where the trajectory was cut off.
+    """
+    _, opened, rest = trajectory.turns[-1].rpartition("<answer>")
+    given, closed, _ = rest.partition("</answer>")
+    return given if opened and closed and trajectory.status != "truncated" else None
+
+
+def search_metrics(trajectories) -> dict[str, float]:
+    """How trajectories answer and search: means over trajectories."""
+    answers = [(given_answer(t), t.prompt.answer) for t in trajectories]
+    found = [holds_gold(" ".join(t.results), t.prompt.answer) for t in trajectories]
+    figures = {
+        "em": [exact_match(given, golds) for given, golds in answers],
+        "f1": [f1_score(given, golds) for given, golds in answers],
+        "searches": [t.outcomes.count("ok") for t in trajectories],  # that found something
+        "recall_at_k": found,
+    }
+    return {name: sum(values) / len(values) for name, values in figures.items()}

@@ -150,9 +150,8 @@ def build_index(index: Path, digest: str, passages: Iterable[tuple[str, str]]) -
                 connection.execute(statement)
             count = 0
             for count, passage in enumerate(passages, 1):
-                title, text = (
-                    part.encode(errors="replace").decode() for part in passage
-                )  # without half surrogate pairs
+                # Without half surrogate pairs.
+                title, text = (part.encode(errors="replace").decode() for part in passage)
                 connection.execute("INSERT INTO passages VALUES (?, ?, ?)", [count, title, text])
                 row = [count, split_characters(title), split_characters(text)]
                 connection.execute("INSERT INTO words(rowid, title, text) VALUES (?, ?, ?)", row)
@@ -299,3 +298,14 @@ def run_call(call: dict | str, tool) -> tuple[str, str]:
         return "malformed", call
     result = tool(call["query"])
     return "failed" if result in (NOTHING, BROKEN) else "ok", result
+
+
+def warn_of_cuts(prompts, config) -> None:
+    """Say so where a prompt, all turns and all results may take more than --max-length."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    results = config.max_turns - 1
+    needed = longest + config.generate_max_length + results * config.max_result_tokens
+    if needed > config.max_length:
+        sizes = f"a prompt of {longest}, {config.max_turns} turns and {results} results"
+        may_take = f"{sizes} may take {needed} tokens"
+        print(f"warning: --max-length {config.max_length}: {may_take}; later results will be cut")

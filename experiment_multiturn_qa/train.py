@@ -27,7 +27,7 @@ from typing import Literal
 
 import torch
 import tyro
-from answers import exact_match, f1_score, holds_gold
+from answers import exact_match, f1_score, given_answer, holds_gold, search_metrics
 from calls import DATE, Environment, show_trajectory, trajectory_metrics
 from loss import GRPOLoss, loss_metrics
 from model import (
@@ -55,7 +55,7 @@ from run import (
     speed_metrics,
 )
 from sampling import sample
-from search import TOOL_PROMPT, Search, broken, open_search, parse_call, run_call
+from search import TOOL_PROMPT, Search, broken, open_search, parse_call, run_call, warn_of_cuts
 from torch.utils.checkpoint import checkpoint
 
 EXPERIMENT = Path(__file__).resolve().parent.name
@@ -208,19 +208,8 @@ def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt],
         fail(f"{config.data_path}: {counts}; {needed}")
     prompts = [make_prompt(where, row, config, tokenizer) for where, row in rows]
     eval_prompts = [make_prompt(where, row, config, tokenizer) for where, row in eval_rows]
-    warn_if_rows_may_be_cut(prompts + eval_prompts, config)
+    warn_of_cuts(prompts + eval_prompts, config)
     return prompts, eval_prompts, open_search(config, all_rows)
-
-
-def warn_if_rows_may_be_cut(prompts: list[Prompt], config: Config) -> None:
-    """Say so where a prompt, all turns and all results may take more than --max-length."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    results = config.max_turns - 1
-    needed = longest + config.generate_max_length + results * config.max_result_tokens
-    if needed > config.max_length:
-        sizes = f"a prompt of {longest}, {config.max_turns} turns and {results} results"
-        may_take = f"{sizes} may take {needed} tokens"
-        print(f"warning: --max-length {config.max_length}: {may_take}; later results will be cut")
 
 
 def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
@@ -282,22 +271,12 @@ def format_reward(completion: str) -> float:
     return 1.0 if re.fullmatch(FORM, completion, re.DOTALL) else 0.0
 
 
-def given_answer(trajectory: "Trajectory") -> str | None:
-    """The text of the last <answer> ... </answer> in its last turn.
-
-    None where there is none, or where the trajectory was cut off.
-    """
-    _, opened, rest = trajectory.turns[-1].rpartition("<answer>")
-    given, closed, _ = rest.partition("</answer>")
-    return given if opened and closed and trajectory.status != "truncated" else None
-
-
 def reward(experience: "Trajectories", config: Config) -> dict[str, torch.Tensor]:
     """The parts of the reward, (group_size,) each; the reward is their sum.
 
-    Only the policy's last turn is looked at, so what the environment wrote never pays. Searching
-    earns nothing in itself; a malformed call costs the form. A trajectory that was cut off earns
-    nothing.
+    Only the policy's last turn is looked at, so what the environment wrote never pays. Calling the
+    tool earns nothing in itself; a malformed call costs the form. A trajectory that was cut off
+    earns nothing.
     """
     f1 = torch.zeros(len(experience.trajectories))
     form = torch.zeros(len(experience.trajectories))
@@ -546,19 +525,6 @@ def evaluate(
     return evaluation
 
 
-def search_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
-    """How trajectories answer and search: means over trajectories."""
-    answers = [(given_answer(t), t.prompt.answer) for t in trajectories]
-    found = [holds_gold(" ".join(t.results), t.prompt.answer) for t in trajectories]
-    figures = {
-        "em": [exact_match(given, golds) for given, golds in answers],
-        "f1": [f1_score(given, golds) for given, golds in answers],
-        "searches": [t.outcomes.count("ok") for t in trajectories],  # that found something
-        "recall_at_k": found,
-    }
-    return {name: sum(values) / len(values) for name, values in figures.items()}
-
-
 # ---------------------------------------------------------------- main
 def main(config: Config) -> None:
     check_config(config, also_positive=("max_turns", "top_k", "max_result_tokens"))
@@ -625,8 +591,9 @@ def main(config: Config) -> None:
 
         # 5. Log, evaluate, save.
         trajectories = [t for e in experiences for t in e.trajectories]
-        correct = [exact_match(given_answer(t), t.prompt.answer) for t in trajectories]
-        correct = torch.tensor(correct)
+        correct = torch.tensor(
+            [exact_match(given_answer(t), t.prompt.answer) for t in trajectories]
+        )
         metrics = {
             "elapsed_seconds": run.elapsed_seconds(),
             **rollout_metrics(experiences, correct),

@@ -12,18 +12,7 @@ import transformers
 import trl
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = (
-    "train",
-    "loss",
-    "replay_buffer",
-    "model",
-    "run",
-    "calculator",
-    "search",
-    "answers",
-    "calls",
-    "kv_cache",
-)
+MODULES = sorted({path.stem for path in ROOT.glob("experiment_*/*.py")})
 POLICY = ROOT / "data" / "policy_math"
 
 

@@ -20,7 +20,7 @@ def group(right: int, lengths: list[int], truncated=(), answer="2"):
     return dapo.replay_buffer.Experience(
         prompt_ids=torch.tensor([5, 6, 7]),
         completion_ids=[10 * i + 20 + torch.arange(length) for i, length in enumerate(lengths)],
-        masks=[torch.ones(length, dtype=torch.long) for length in lengths],
+        completion_masks=[torch.ones(length, dtype=torch.long) for length in lengths],
         sampled_log_probs=[torch.zeros(length) for length in lengths],
         truncated=torch.tensor([float(i in truncated) for i in range(len(lengths))]),
         completions=[RIGHT if i < right else WRONG for i in range(len(lengths))],
@@ -173,9 +173,9 @@ def batch_of(experiences, **settings):
     for experience in experiences:
         experience.rewards = sum(train.reward(experience, config).values())
         experience.advantages = train.group_advantages(experience.rewards)
-    replay_buffer = dapo.replay_buffer.ReplayBuffer()
+    replay_buffer = dapo.replay_buffer.ReplayBuffer(packed=True)
     replay_buffer.extend([train.without_truncated(experience) for experience in experiences])
-    (batch,) = replay_buffer.batches(config, True, torch.Generator().manual_seed(0))
+    (batch,) = replay_buffer.batches(config, torch.Generator().manual_seed(0))
     return batch
 
 
@@ -214,9 +214,9 @@ def test_truncated_completions_count_in_their_groups_mean_and_std():
     assert experience.advantages.tolist() == pytest.approx([1.2246, -1.2246, 0, 0], abs=1e-3)
     filtered = train.without_truncated(experience)
     assert filtered.advantages is experience.advantages
-    assert [int(mask.sum()) for mask in filtered.masks] == [3, 0, 5, 8]
+    assert [int(mask.sum()) for mask in filtered.completion_masks] == [3, 0, 5, 8]
     # metrics go on to see what was sampled
-    assert [int(mask.sum()) for mask in experience.masks] == [3, 20, 5, 8]
+    assert [int(mask.sum()) for mask in experience.completion_masks] == [3, 20, 5, 8]
 
 
 def test_a_batch_of_truncated_completions_alone_needs_no_forward():
@@ -305,7 +305,7 @@ def test_first_loss_is_minus_the_mean_advantage_of_the_tokens_in_the_loss(
         lambda self, groups: seen.extend(groups) or extend(self, groups),
     )
     run_main(tmp_path, model, experiment="experiment_dapo", max_steps=1, train_batch_size=16)
-    lengths = torch.tensor([float(mask.sum()) for e in seen for mask in e.masks])
+    lengths = torch.tensor([float(mask.sum()) for e in seen for mask in e.completion_masks])
     advantages = torch.cat([e.advantages for e in seen])
     assert len(seen) == 4 and (lengths == 0).any() and (lengths > 0).any()
     line = metrics(tmp_path)[1]

@@ -14,9 +14,15 @@ experiment = load_experiment()
 loss_module = experiment.loss
 GRPOLoss = loss_module.GRPOLoss
 token_weights = loss_module.token_weights
-masked_mean = loss_module.masked_mean
+masked_mean = experiment.run.masked_mean
 approx_kl_divergence, log_ratio = loss_module.approx_kl_divergence, loss_module.log_ratio
 CRITICS = ("grpo", "drgrpo", "dapo")
+
+
+def loss_of(objective, log_probs, batch):
+    """(the loss, the sums over tokens that `loss_metrics` reads)."""
+    loss = objective(log_probs, batch)
+    return loss, objective.token_sums[-1]
 
 
 def batch_of(old, advantages, weights, reference=None):
@@ -37,7 +43,7 @@ def test_masked_mean():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
     assert masked_mean(values, mask).item() == 2
     # a fully masked row is 0, not NaN
-    assert masked_mean(values, mask, dim=1).tolist() == [1.5, 3, 0]
+    assert [masked_mean(*row).item() for row in zip(values, mask)] == [1.5, 3, 0]
     assert masked_mean(values, torch.zeros(3, 3)).item() == 0
 
 
@@ -82,7 +88,8 @@ def test_loss_by_hand():
     reference = (log_probs + torch.tensor([2.0, 1.0, 1.0, 0.5]).double().log()).detach()
     k3 = [2 - math.log(2) - 1, 0, 0, 0.5 + math.log(2) - 1]
 
-    loss, sums = GRPOLoss(0.2, 0.3, kl_weight=0.0)(log_probs, batch_of(old, ADVANTAGES, WEIGHTS))
+    batch = batch_of(old, ADVANTAGES, WEIGHTS)
+    loss, sums = loss_of(GRPOLoss(0.2, 0.3, kl_weight=0.0), log_probs, batch)
     policy_loss = 0.1 * -1.3 + 0.2 * 1.5 + 0.3 * -0.5 + 0.4 * 0.8
     assert loss.item() == pytest.approx(policy_loss, rel=1e-12)
     assert [sums[name].item() for name in ("clipped", "ratio", "tokens")] == pytest.approx(
@@ -94,9 +101,8 @@ def test_loss_by_hand():
     (gradient,) = torch.autograd.grad(loss, log_probs)
     assert gradient.tolist() == pytest.approx([0, 0.2 * 1.5, -0.3 * 0.5, 0])
 
-    loss, sums = GRPOLoss(0.2, 0.3, kl_weight=0.5)(
-        log_probs, batch_of(old, ADVANTAGES, WEIGHTS, reference)
-    )
+    batch = batch_of(old, ADVANTAGES, WEIGHTS, reference)
+    loss, sums = loss_of(GRPOLoss(0.2, 0.3, kl_weight=0.5), log_probs, batch)
     assert loss.item() == pytest.approx(policy_loss + 0.5 * (0.1 * k3[0] + 0.4 * k3[3]), rel=1e-12)
     assert sums["kl"].item() == pytest.approx(sum(k3))
     # d k3 / d log_prob = 1 - reference / policy
@@ -152,7 +158,7 @@ def test_loss_at_extreme_log_ratios(difference, advantage):
     old = torch.tensor([-1.0])
     log_probs = (old + difference).requires_grad_()
     batch = batch_of(old, torch.tensor([advantage]), torch.ones(1), old)
-    loss, sums = GRPOLoss(0.2, 0.2, 0.0)(log_probs, batch)
+    loss, sums = loss_of(GRPOLoss(0.2, 0.2, 0.0), log_probs, batch)
     loss.backward()
     assert loss.isfinite() and all(value.isfinite().all() for value in sums.values())
     assert log_probs.grad.isfinite().all() and log_probs.grad.item() * advantage <= 0
@@ -161,7 +167,7 @@ def test_loss_at_extreme_log_ratios(difference, advantage):
 def test_no_advantage_and_an_extreme_ratio_is_zero():
     batch = batch_of(torch.tensor([-1e4]), torch.zeros(1), torch.ones(1))
     log_probs = torch.tensor([0.0], requires_grad=True)
-    loss, _ = GRPOLoss(0.2, 0.2, 0.0)(log_probs, batch)
+    loss = GRPOLoss(0.2, 0.2, 0.0)(log_probs, batch)
     loss.backward()
     assert loss.item() == 0 and log_probs.grad.item() == 0
 
@@ -235,7 +241,7 @@ def test_loss_and_kl_of_the_first_update(critic):
     masks = [torch.ones(length, dtype=torch.float64) for length in LENGTHS]
     weights = torch.cat(token_weights(masks, critic, generate_max_length=10))
     batch = batch_of(log_probs.detach(), advantages, weights, log_probs.detach())
-    loss, sums = GRPOLoss(0.2, 0.2, kl_weight=0.5)(log_probs, batch)
+    loss, sums = loss_of(GRPOLoss(0.2, 0.2, kl_weight=0.5), log_probs, batch)
     weighted = sum(length * row[2][0].item() for length, row in zip(LENGTHS, rows))
     expected = {"grpo": 0, "drgrpo": -weighted / (10 * 8), "dapo": -weighted / sum(LENGTHS)}
     assert loss.item() == pytest.approx(expected[critic], abs=1e-12) and abs(weighted) > 1
@@ -260,9 +266,7 @@ def test_micro_batches_add_up(critic, dtype, tolerance):
         for i in range(0, 8, size):
             context, target, advantages, old, reference = map(torch.cat, zip(*rows[i : i + size]))
             batch = batch_of(old, advantages, torch.cat(weights[i : i + size]), reference)
-            loss, _ = GRPOLoss(0.2, 0.28, kl_weight=0.1)(
-                table.log_softmax(-1)[context, target], batch
-            )
+            loss = GRPOLoss(0.2, 0.28, kl_weight=0.1)(table.log_softmax(-1)[context, target], batch)
             loss.backward()
             total += loss.item()
         return table.grad, total
@@ -343,9 +347,8 @@ def test_same_loss_and_gradient_as_trl(critic, loss_type, eps_low, eps_high, kl_
     ours, sampled = log_probs.clone().requires_grad_(), mask.bool()
     weights = torch.stack(token_weights(list(mask), critic, generate_max_length=10))
     flat = (old, advantages[:, None].expand(8, 8), weights, reference)
-    loss, sums = GRPOLoss(eps_low, eps_high, kl_weight)(
-        ours[sampled], batch_of(*(x[sampled] for x in flat))
-    )
+    batch = batch_of(*(x[sampled] for x in flat))
+    loss, sums = loss_of(GRPOLoss(eps_low, eps_high, kl_weight), ours[sampled], batch)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-15)

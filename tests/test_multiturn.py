@@ -186,11 +186,11 @@ def test_the_training_forward_gives_the_sampled_log_probs(architecture, attentio
     ) > 9
     for e in experiences:
         e.advantages = torch.ones(config.group_size)
-    replay_buffer = experiment.replay_buffer.ReplayBuffer()
-    replay_buffer.extend(experiences)
     packed = experiment.model.can_pack(model.config, config.max_length)
+    replay_buffer = experiment.replay_buffer.ReplayBuffer(packed)
+    replay_buffer.extend(experiences)
     assert packed == (architecture not in ("gemma3", "gemma3-short-window"))
-    (micro_batches,) = replay_buffer.batches(config, packed, generator_of())
+    (micro_batches,) = replay_buffer.batches(config, generator_of())
     count = 0
     for micro_batch in micro_batches:
         recomputed = train.sequences_log_probs(model, micro_batch, config).detach()
@@ -225,7 +225,7 @@ def test_the_mask_counts_what_was_sampled_and_nothing_else(monkeypatch):
     experiences, _ = random_trajectories(make_model(), monkeypatch)
     assert len(sampled) == 4
     tokens = sum(len(ids) for turn_ids, _ in sampled for ids in turn_ids)
-    assert sum(mask.sum().item() for e in experiences for mask in e.masks) == tokens
+    assert sum(mask.sum().item() for e in experiences for mask in e.completion_masks) == tokens
     # of the first turn: the beginnings of the trajectories
     in_order = [ids.tolist() for ids in sampled[0][0]]
     trajectories = [t for e in experiences for t in e.trajectories]
@@ -266,20 +266,18 @@ def test_environment_tokens_are_in_no_loss_no_kl_and_no_denominator(monkeypatch)
         for e in experiences:
             e.advantages = torch.linspace(-1, 1, config.group_size)
             e.sampled_log_probs = [
-                torch.where(m.bool(), p, change) for m, p in zip(e.masks, e.sampled_log_probs)
+                torch.where(mask.bool(), log_probs, change)
+                for mask, log_probs in zip(e.completion_masks, e.sampled_log_probs)
             ]
-        replay_buffer = experiment.replay_buffer.ReplayBuffer()
+        replay_buffer = experiment.replay_buffer.ReplayBuffer(packed=True)
         replay_buffer.extend(experiences)
-        ((*micro_batches,),) = replay_buffer.batches(config, True, generator_of())
+        ((*micro_batches,),) = replay_buffer.batches(config, generator_of())
         losses = []
         for micro_batch in micro_batches:
             micro_batch.old_log_probs = micro_batch.sampled_log_probs
             micro_batch.reference_log_probs = micro_batch.sampled_log_probs - 0.1
-            losses.append(
-                experiment.loss.GRPOLoss(0.2, 0.2, 0.01)(
-                    micro_batch.sampled_log_probs + 0.05, micro_batch
-                )[0]
-            )
+            objective = experiment.loss.GRPOLoss(0.2, 0.2, 0.01)
+            losses.append(objective(micro_batch.sampled_log_probs + 0.05, micro_batch))
         weights = torch.cat([micro_batch.weights for micro_batch in micro_batches])
         return sum(losses).item(), weights.sum().item()
 
@@ -686,12 +684,12 @@ def test_every_sampled_token_of_a_trajectory_has_its_advantage(monkeypatch):
     experiences, config = random_trajectories(make_model(), monkeypatch)
     for number, e in enumerate(experiences):
         e.advantages = 100.0 * (number + 1) + torch.arange(config.group_size)
-    replay_buffer = experiment.replay_buffer.ReplayBuffer()
+    replay_buffer = experiment.replay_buffer.ReplayBuffer(packed=True)
     replay_buffer.extend(experiences)
-    (micro_batches,) = replay_buffer.batches(config, True, generator_of())
+    (micro_batches,) = replay_buffer.batches(config, generator_of())
     found = torch.cat([micro_batch.advantages for micro_batch in micro_batches])
     for number, e in enumerate(experiences):
-        for i, mask in enumerate(e.masks):
+        for i, mask in enumerate(e.completion_masks):
             assert (found == 100.0 * (number + 1) + i).sum() == mask.sum()
 
 
@@ -709,7 +707,12 @@ def test_rollout_metrics_by_hand():
     experience = train.make_experience(experience.trajectories)
     experience.reward_parts = train.reward(experience, config_of(format_weight=0.5))
     experience.rewards = sum(experience.reward_parts.values())
-    figures = train.rollout_metrics([experience])
+    correct = None
+    if is_qa():
+        given = [train.given_answer(trajectory) for trajectory in experience.trajectories]
+        correct = torch.tensor([train.exact_match(text, ["36"]) for text in given])
+    figures = train.rollout_metrics([experience], correct)
+    figures |= train.trajectory_metrics(experience.trajectories)
     expected = dict(
         reward=(1 + 0.5) / 4,
         tool_use_rate=2 / 4,
@@ -764,10 +767,10 @@ def test_adapters_and_4_bit_weights_train(kind, tmp_path, model, monkeypatch):
 
 # ---------------------------------------------------------------- what it shares with the base
 SAME = """make_generator prompts_of_step group_advantages sequences_log_probs token_log_probs
-remember_log_probs""".split()
+add_old_and_reference_log_probs""".split()
 OWN = """Prompt Trajectory Config read_prompts is_selected make_prompt parse_number accuracy_reward
-is_lenient_match given_answer reward respond evaluate rollout_metrics trajectory_metrics
-show_trajectory main""".split()
+is_lenient_match given_answer reward respond evaluate search_metrics warn_of_cuts
+main""".split()
 
 
 def functions(name):

@@ -39,7 +39,7 @@ def group(prompt_length, lengths, seed=0, advantages=None, masks=None, dtype=tor
     experience = buffer.Experience(
         prompt_ids=draw(prompt_length),
         completion_ids=[draw(length) for length in lengths],
-        masks=masks or [torch.ones(length, dtype=dtype) for length in lengths],
+        completion_masks=masks or [torch.ones(length, dtype=dtype) for length in lengths],
         sampled_log_probs=list(numbers.split(lengths)),
         truncated=torch.zeros(len(lengths)),
         completions=[""] * len(lengths),
@@ -53,14 +53,14 @@ def group(prompt_length, lengths, seed=0, advantages=None, masks=None, dtype=tor
 
 
 def batches_of(experiences, config, packed=True, seed=0):
-    replay_buffer = buffer.ReplayBuffer()
+    replay_buffer = buffer.ReplayBuffer(packed)
     replay_buffer.extend(experiences)
-    return replay_buffer.batches(config, packed, torch.Generator().manual_seed(seed))
+    return replay_buffer.batches(config, torch.Generator().manual_seed(seed))
 
 
 def one_batch(experiences, config, packed=True):
     """All of some groups' completions in one optimizer batch."""
-    count = sum(len(experience.masks) for experience in experiences)
+    count = sum(len(experience.completion_masks) for experience in experiences)
     config.train_batch_size, config.group_size = count, count // len(experiences)
     (batch,) = batches_of(experiences, config, packed)
     return batch
@@ -90,7 +90,7 @@ def plain_log_probs(model, experience, number, temperature=1.0):
 def one_by_one(model, experiences, temperature=1.0):
     found = {}
     for experience in experiences:
-        for number, mask in enumerate(experience.masks):
+        for number, mask in enumerate(experience.completion_masks):
             log_probs = plain_log_probs(model, experience, number, temperature)
             numbers = experience.sampled_log_probs[number]
             found |= {n.item(): v.item() for n, v, m in zip(numbers, log_probs, mask) if m}
@@ -352,9 +352,8 @@ def test_any_tree_gives_the_log_probs_of_its_completions(completions):
 
 
 def cut(experience, most_tokens):
-    return [
-        list(row.paths) for row in buffer.cut_into_rows(experience, experience.masks, most_tokens)
-    ]
+    rows = buffer.packed_rows(experience, experience.completion_masks, most_tokens)
+    return [list(row.paths) for row in rows]
 
 
 def test_rows_are_split_by_the_token_limit():
@@ -365,6 +364,8 @@ def test_rows_are_split_by_the_token_limit():
     assert cut(experience, 18) == [[0, 1], [2], [3, 4]]  # 29 tokens alone: at least one to a row
     assert cut(experience, 17) == [[0], [1], [2], [3, 4]]
     assert cut(experience, 0) == [[0], [1], [2], [3], [4]]
+    rows = buffer.single_rows(experience, experience.completion_masks)
+    assert [list(row.paths) for row in rows] == [[0], [1], [2], [3], [4]]
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -377,9 +378,11 @@ def test_micro_batches_hold_every_token_once_within_the_limit(micro_batch_tokens
             micro_batch.input_ids.numel() <= micro_batch_tokens or len(micro_batch.input_ids) == 1
         )
     for experience in groups:
-        for row in buffer.cut_into_rows(
-            experience, experience.masks, micro_batch_tokens if packed else 0
-        ):
+        masks = experience.completion_masks
+        rows = buffer.single_rows(experience, masks)
+        if packed:
+            rows = buffer.packed_rows(experience, masks, micro_batch_tokens)
+        for row in rows:
             assert len(row.paths) == 1 or packed and len(row.ids) <= micro_batch_tokens
     numbers = torch.cat([micro_batch.sampled_log_probs for micro_batch in batch]).tolist()
     assert sorted(numbers) == sorted(
@@ -400,10 +403,11 @@ def test_padding_leaves_log_probs_loss_and_figures_unchanged(packed):
 
     def figures(groups):
         weights = [torch.full((5,), 0.1), torch.full((3,), 0.2)], [torch.zeros(9), torch.zeros(9)]
-        rows = []  # made here, since cut_into_rows leaves out what has no sampled token
+        rows = []  # made here, since packed_rows leaves out what has no sampled token
         for experience, group_weights in zip(groups, weights):
             for numbers in [(0, 1)] if packed else [(0,), (1,)]:
-                rows.append(buffer.Row(experience, group_weights, experience.prompt_ids.tolist()))
+                prompt_ids = experience.prompt_ids.tolist()
+                rows.append(buffer.PrefixTree(experience, group_weights, prompt_ids))
                 for number in numbers:
                     rows[-1].add(number)
         micro_batch = buffer.join_experience_batch(rows, packed)
@@ -412,13 +416,13 @@ def test_padding_leaves_log_probs_loss_and_figures_unchanged(packed):
         micro_batch.old_log_probs, micro_batch.reference_log_probs = (
             log_probs.detach() + 0.3 * torch.randn(2, 8, generator=generator)
         )
-        loss, sums = objective(log_probs, micro_batch)
+        loss = objective(log_probs, micro_batch)
         (gradient,) = torch.autograd.grad(loss, model.model.embed_tokens.weight)
         return (
             micro_batch.input_ids.shape[1],
             log_probs,
             gradient,
-            experiment.loss.loss_metrics([sums], [1.0]),
+            experiment.loss.loss_metrics(objective.token_sums[-1:], [1.0]),
         )
 
     width, log_probs, gradient, metrics = figures([short])
@@ -443,7 +447,7 @@ def test_a_fully_masked_completion_and_row_are_finite():
         )
         log_probs = sequences_log_probs(model, micro_batch, config)
         micro_batch.old_log_probs = micro_batch.reference_log_probs = log_probs.detach()
-        loss, _ = objective(log_probs, micro_batch)
+        loss = objective(log_probs, micro_batch)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         assert (
             len(log_probs) == 3
@@ -560,7 +564,7 @@ def update(model, config, dtype, packed=True, change=None):
         shift = torch.sin(micro_batch.sampled_log_probs)
         micro_batch.old_log_probs = log_probs.detach() + 0.3 * shift
         micro_batch.reference_log_probs = log_probs.detach() - 0.5 * shift
-        loss, _ = objective(log_probs, micro_batch)
+        loss = objective(log_probs, micro_batch)
         loss.backward()
         total += loss.item()
     return (
@@ -646,7 +650,7 @@ def test_old_and_reference_log_probs_are_those_of_the_training_forward(precision
     model = make_model()
     config = config_of(micro_batch_tokens=40, train_batch_size=2, precision=precision)
     batches = batches_of([group(7, [5, 4], seed=1), group(12, [3, 6], seed=2)], config)
-    train.remember_log_probs(model, model, batches, config)
+    train.add_old_and_reference_log_probs(model, model, batches, config)
     assert len(batches) == 2 and all(
         micro_batch.old_log_probs is None for micro_batch in batches[0]
     )
@@ -663,5 +667,5 @@ def test_old_and_reference_log_probs_are_those_of_the_training_forward(precision
 def test_without_a_kl_term_no_reference_is_asked():
     model, config = make_model(), config_of(kl_weight=0.0, train_batch_size=2)
     batches = batches_of([group(7, [5, 4], seed=1), group(12, [3, 6], seed=2)], config)
-    train.remember_log_probs(model, None, batches, config)
+    train.add_old_and_reference_log_probs(model, None, batches, config)
     assert [micro_batch.reference_log_probs for micro_batch in sum(batches, [])] == [None, None]

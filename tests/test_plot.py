@@ -1,4 +1,4 @@
-"""plot.py: what is read from a run, what is drawn, and what is refused."""
+"""tools/plot.py: what is read from a run, what is drawn, and what is refused."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-spec = importlib.util.spec_from_file_location("plot", ROOT / "plot.py")
+spec = importlib.util.spec_from_file_location("plot", ROOT / "tools" / "plot.py")
 plot = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(plot)
 

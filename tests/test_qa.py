@@ -13,7 +13,7 @@ from helpers import ROOT, load_experiment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_multiturn import QWEN, encode, plays
-from test_run import run_main, save_model
+from test_run import metrics, run_main, save_model
 from test_sampling import END
 from transformers import AutoTokenizer
 
@@ -140,7 +140,7 @@ def test_figures_by_hand():
         trajectory_of("<answer>Kresk</answer>", outcomes=(), status="truncated"),
         trajectory_of("I know it", outcomes=("ok",), results=("in kresk, perhaps",)),
     ]
-    figures = train.trajectory_metrics(trajectories)
+    figures = train.search_metrics(trajectories) | train.trajectory_metrics(trajectories)
     expected = dict(
         em=1 / 4,
         f1=(1 + 2 / 3) / 4,
@@ -263,8 +263,8 @@ def test_recall_is_of_what_the_policy_read(search):
     (whole,) = play(search, dialogue)
     frame = len(whole.ids) - sum(whole.mask) - len(encode(search("Kresk")))
     (cut,) = play(search, dialogue, max_result_tokens=frame + len("Kresk: town on the river"))
-    assert train.trajectory_metrics([whole])["recall_at_k"] == 1
-    assert train.trajectory_metrics([cut])["recall_at_k"] == 0
+    assert train.search_metrics([whole])["recall_at_k"] == 1
+    assert train.search_metrics([cut])["recall_at_k"] == 0
     assert "<tool_response>\nKresk: town on the river\n</tool_response>" in QWEN.decode(cut.ids)
     assert cut.status == "answered" and cut.outcomes == ["ok"]
 
@@ -740,6 +740,31 @@ def test_a_run_on_a_corpus_of_ones_own(tmp_path):
         eval_data_path=None,
     )
     assert (tmp_path / "corpus.sqlite").exists()
+
+
+def test_lengths_of_right_answers_are_those_of_exact_matches(tmp_path, monkeypatch):
+    """Right is a trajectory whose last answer is a gold, though the reward is F1.
+    Bug: lengths by F1, under which half an answer is half right."""
+    seen, rollout_metrics = [], train.rollout_metrics
+
+    def keep(experiences, correct):
+        seen.append(([t for e in experiences for t in e.trajectories], correct))
+        return rollout_metrics(experiences, correct)
+
+    monkeypatch.setattr(train, "rollout_metrics", keep)
+    monkeypatch.setattr(train, "given_answer", lambda trajectory: trajectory.turns[-1])
+    monkeypatch.setattr(train, "exact_match", lambda given, golds: float(len(given) % 2))
+    model = save_model(tmp_path / "model")
+    run_main(tmp_path, model, "experiment_multiturn_qa", max_steps=1)
+    ((trajectories, correct),) = seen
+    expected = [len(trajectory.turns[-1]) % 2 for trajectory in trajectories]
+    assert correct.tolist() == expected and 0 < sum(expected) < len(expected) == 16
+    lengths = [sum(trajectory.mask) for trajectory in trajectories]
+    right = [length for length, is_right in zip(lengths, expected) if is_right]
+    wrong = [length for length, is_right in zip(lengths, expected) if not is_right]
+    line = metrics(tmp_path)[1]
+    assert line["completion_length_correct"] == pytest.approx(sum(right) / len(right))
+    assert line["completion_length_wrong"] == pytest.approx(sum(wrong) / len(wrong))
 
 
 def test_refusals_before_anything_is_loaded():

@@ -330,7 +330,8 @@ def test_rollout_metrics_by_hand():
     """Pitfalls 13 and 14: the fraction of groups that teach nothing,
     and means that count sampled tokens alone."""
     first, second = experience([GOOD, "41"]), experience(["41", "41"])
-    first.masks = [torch.tensor([1, 1, 1, 1]), torch.tensor([1, 0, 0, 1])]
+    first.completion_masks = [torch.tensor([1, 1, 1, 1]), torch.tensor([1, 0, 0, 1])]
+    first.sampled_log_probs = [torch.full((4,), -1.0), torch.tensor([-1.0, 0.0, 0.0, -1.0])]
     for e in (first, second):
         e.reward_parts = train.reward(e, train.Config(format_weight=0.5))
         e.rewards = sum(e.reward_parts.values())

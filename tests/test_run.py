@@ -20,10 +20,10 @@ import transformers
 from helpers import ROOT, embedded_tokenizer, load_experiment, make_model
 from peft import PeftModel
 
-EXPERIMENTS = ["experiment_base", "experiment_drgrpo", "experiment_dapo"]
-EXPERIMENTS += ["experiment_multiturn_tool_calling", "experiment_multiturn_qa"]
+EXPERIMENTS = sorted(path.parent.name for path in ROOT.glob("experiment_*/run.py"))
+WITH_TOOLS = [name for name in EXPERIMENTS if (ROOT / name / "calls.py").exists()]
 # of TINY: the tools' descriptions are long
-CHANGES = {name: dict(max_length=1200) for name in EXPERIMENTS[3:]}
+CHANGES = {name: dict(max_length=1200) for name in WITH_TOOLS}
 TIMINGS = {"elapsed_seconds", "sample_tokens_per_second", "train_tokens_per_second", "peak_memory"}
 TINY = dict(
     run_name="run",
@@ -122,10 +122,15 @@ def fingerprint(completion: str, answer: str) -> float:
 
 def reward_by(score, train, monkeypatch) -> None:
     """score(completion, right answer) in place of the accuracy, of F1 and of exact match."""
-    for name in {"accuracy_reward", "exact_match", "f1_score"} & {*dir(train)}:
-        monkeypatch.setattr(train, name, score)
-    if hasattr(train, "given_answer"):
-        monkeypatch.setattr(train, "given_answer", lambda trajectory: trajectory.turns[-1])
+    spaces = [vars(train)]
+    if hasattr(train, "search_metrics"):  # of answers.py, which has these names too
+        spaces.append(train.search_metrics.__globals__)
+    for space in spaces:
+        for name in ("accuracy_reward", "exact_match", "f1_score"):
+            if name in space:
+                monkeypatch.setitem(space, name, score)
+        if "given_answer" in space:
+            monkeypatch.setitem(space, "given_answer", lambda trajectory: trajectory.turns[-1])
 
 
 def make_adapter(folder: Path, model: str) -> str:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 experiment = load_experiment()
 train = experiment.train
-sample, rollout = train.sample, train.rollout
+rollout = train.rollout
 PAD, END, OTHER_END = 0, 2, 3
 
 
@@ -23,6 +23,13 @@ def config_of(**changes):
 
 def generator_of(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def sample(policy, tokenizer, prompts, copies, config, generator=None):
+    """(ids, log_probs) of `copies` completions for every prompt, ended as `rollout` ends them."""
+    histories = [prompt for prompt in prompts for _ in range(copies)]
+    eos_ids = experiment.model.find_eos_ids(policy, tokenizer)
+    return experiment.sampling.sample(policy, histories, eos_ids, config, generator)
 
 
 def make_tokenizer(template=None, special=("<pad>", "<start>", "<end>", "<end2>"), bos=None):
@@ -147,9 +154,9 @@ def test_sampled_log_probs_equal_the_recomputed_ones(attention, temperature):
     experiences = rollout(model, TOKENIZER, as_prompts(), 4, config, generator_of())
     for experience in experiences:
         experience.advantages = torch.ones(4)
-    replay_buffer = experiment.replay_buffer.ReplayBuffer()
+    replay_buffer = experiment.replay_buffer.ReplayBuffer(packed=True)
     replay_buffer.extend(experiences)
-    ((micro_batch,),) = replay_buffer.batches(config, True, generator_of())
+    ((micro_batch,),) = replay_buffer.batches(config, generator_of())
     recomputed = train.sequences_log_probs(model, micro_batch, config)
     torch.testing.assert_close(
         recomputed.detach(), micro_batch.sampled_log_probs, atol=1e-4, rtol=0
@@ -244,7 +251,7 @@ def test_the_end_token_is_trained_on_and_nothing_comes_after_it():
         [60, END],
         [70] * 12,
     ]
-    assert [e.masks[1].tolist() for e in experiences] == [[1, 1, 1], [1, 1], [1] * 12]
+    assert [e.completion_masks[1].tolist() for e in experiences] == [[1, 1, 1], [1, 1], [1] * 12]
     assert [e.truncated.tolist() for e in experiences] == [[0, 0], [0, 0], [1, 1]]
     assert [len(e.sampled_log_probs[0]) for e in experiences] == [3, 2, 12]
 

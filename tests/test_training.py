@@ -407,7 +407,7 @@ def test_the_updates_between_are_made(tmp_path, model, base, loaded, monkeypatch
     """The count in a row begins again after a good one,
     and the good one's figures are not lost in a mean with NaN."""
     spoil(monkeypatch, {1, 2, 4, 5})
-    monkeypatch.setattr(base.train, "MAX_SKIPPED", 3)
+    monkeypatch.setattr(base.run, "MAX_SKIPPED", 3)
     run_main(tmp_path, model, max_steps=3)
     lines = metrics(tmp_path)[1:]  # which refuses NaN, as strict readers of JSON do
     assert [line["skipped_updates"] for line in lines] == [2, 1, 1]
@@ -419,7 +419,7 @@ def test_the_updates_between_are_made(tmp_path, model, base, loaded, monkeypatch
 def test_many_in_a_row_end_the_run(tmp_path, model, base, monkeypatch):
     """With the last good checkpoint named and intact. Bug: a run of days that has trained on
     nothing for most of it."""
-    monkeypatch.setattr(base.train, "MAX_SKIPPED", 3)
+    monkeypatch.setattr(base.run, "MAX_SKIPPED", 3)
     with pytest.MonkeyPatch.context() as patch:
         spoil(patch, range(5, 100))
         with pytest.raises(SystemExit) as exit:

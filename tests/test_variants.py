@@ -1,44 +1,61 @@
-"""What sets the variants apart from the base: their lines, their advantages, their weights."""
+"""What sets the variants apart from their parents: their lines, their advantages, their weights."""
 
 import ast
 import difflib
+import re
 
 import pytest
 import torch
 from helpers import ROOT, load_experiment
 
 drgrpo = load_experiment("experiment_drgrpo")
+LESSON = ("train.py", "loss.py", "replay_buffer.py")
+MOST_CHANGED_LINES = {
+    "experiment_drgrpo": 20,
+    "experiment_dapo": 105,
+    "experiment_multiturn_tool_calling": 300,
+    "experiment_multiturn_qa": 170,
+}
 
 
-def lines_without_docstring(experiment: str) -> list[str]:
-    text = (ROOT / experiment / "train.py").read_text()
+def parent_of(experiment: str) -> str:
+    """The experiment that its README names, near the top, as the one to compare it with."""
+    first_lines = (ROOT / experiment / "README.md").read_text().splitlines()[:12]
+    (parent,) = re.findall(r"^Parent: `(experiment_\w+)`", "\n".join(first_lines), re.MULTILINE)
+    assert parent != experiment and (ROOT / parent / "run.py").is_file()
+    return parent
+
+
+def lines_without_docstring(path) -> list[str]:
+    text = path.read_text()
     return text.splitlines()[ast.parse(text).body[0].end_lineno :]
 
 
-def changed_lines(experiment: str) -> list[str]:
-    """Removed and added lines of train.py against the base, header docstring apart."""
-    diff = difflib.unified_diff(
-        *map(lines_without_docstring, ("experiment_base", experiment)), n=0, lineterm=""
-    )
+def changed_lines(experiment: str, name: str) -> list[str]:
+    """Removed and added lines of a file against the parent's, header docstring apart."""
+    paths = [ROOT / folder / name for folder in (parent_of(experiment), experiment)]
+    diff = difflib.unified_diff(*map(lines_without_docstring, paths), n=0, lineterm="")
     return [line for line in diff if line[0] in "+-" and not line.startswith(("+++", "---"))]
 
 
-@pytest.mark.parametrize("experiment, most", [("experiment_drgrpo", 25), ("experiment_dapo", 90)])
-def test_the_diff_to_the_base_is_the_paper(experiment, most):
-    assert 0 < len(changed_lines(experiment)) <= most
+def test_every_experiment_but_the_base_has_a_bound():
+    experiments = {path.parent.name for path in ROOT.glob("experiment_*/run.py")}
+    assert experiments - {"experiment_base"} == set(MOST_CHANGED_LINES)
+
+
+@pytest.mark.parametrize("experiment", MOST_CHANGED_LINES)
+def test_the_diff_to_the_parent_is_the_lesson(experiment):
+    """Of all lesson files together."""
+    counts = {name: len(changed_lines(experiment, name)) for name in LESSON}
+    assert 0 < sum(counts.values()) <= MOST_CHANGED_LINES[experiment], counts
 
 
 @pytest.mark.parametrize("experiment", ["experiment_drgrpo"])
 def test_its_readme_opens_with_the_diff(experiment):
     """Every changed line of train.py, header docstring apart, and no other."""
-    shown = (
-        (ROOT / experiment / "README.md")
-        .read_text()
-        .split("```diff\n")[1]
-        .split("```")[0]
-        .splitlines()
-    )
-    assert sorted(filter(None, shown)) == sorted(changed_lines(experiment))
+    readme = (ROOT / experiment / "README.md").read_text()
+    shown = readme.split("```diff\n")[1].split("```")[0].splitlines()
+    assert sorted(filter(None, shown)) == sorted(changed_lines(experiment, "train.py"))
 
 
 def test_drgrpo_advantages_by_hand():
