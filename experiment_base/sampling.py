@@ -1,9 +1,9 @@
 """Sampling: token ids in, token ids and log-probs out. Plumbing, the same in every experiment.
 
-This is the only file that knows a KV cache. What it computes is this, for every history at once:
+This is the only file here that knows a KV cache. It computes this, for every history at once:
 
     ids = history
-    while the last token is no end token and the budget is not used up:
+    repeat until the new token is an end token, or the budget is used up:
         logits = policy(ids)[-1]                                 # (vocabulary,)
         log_probs = log_softmax(logits / temperature)            # (vocabulary,)
         token = multinomial(exp(log_probs))                      # or argmax, without a generator
@@ -49,7 +49,7 @@ def sample(policy, histories, eos_ids, config, generator=None, memory=None):
 
     with autocast(config, device, sampling=True):
         cache, mask, logits = prefill(policy, rows, memory)
-        next_positions = mask.sum(-1)  # (rows,), of the token after each row
+        history_lengths = mask.sum(-1)  # (rows,), so the t-th new token has position length + t
         for t in range(config.max_new_tokens):
             tokens, token_log_probs = choose_tokens(logits, row_of, config, generator)
             ids[unfinished, t] = tokens
@@ -66,15 +66,16 @@ def sample(policy, histories, eos_ids, config, generator=None, memory=None):
                 break
 
             vocabulary = logits.shape[-1]
-            parents, tokens, row_of = split_rows(row_of[~ended], tokens[~ended], vocabulary)
+            # Rows that have ended leave here: no unfinished completion has them any more.
+            parents, row_tokens, row_of = split_rows(row_of[~ended], tokens[~ended], vocabulary)
             if not torch.equal(parents, torch.arange(len(mask), device=device)):
                 mask = mask[parents]
-                next_positions = next_positions[parents]
+                history_lengths = history_lengths[parents]
                 cache.reorder_cache(parents)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # (rows, tokens)
-            positions = next_positions[:, None] + t  # (rows, 1)
+            positions = history_lengths[:, None] + t  # (rows, 1)
             arguments = {"attention_mask": mask, "position_ids": positions}
-            output = policy(tokens[:, None], past_key_values=cache, **arguments)
+            output = policy(row_tokens[:, None], past_key_values=cache, **arguments)
             logits = output.logits  # (rows, 1, vocabulary)
     return cut(ids, lengths), cut(log_probs, lengths)
 
@@ -104,14 +105,14 @@ def choose_tokens(logits, row_of, config, generator):
 
 
 def split_rows(row_of, tokens, vocabulary: int):
-    """Give completions that have just parted a row each.
+    """One row for each distinct pair (row, next token): completions that have just parted, part.
 
     Completions 0 to 3 share row 0, completion 4 has row 1. They sampled the tokens 7, 9, 7, 7, 7:
 
         row_of       [0, 0, 0, 0, 1]
         tokens       [7, 9, 7, 7, 7]
 
-    Three pairs (row, token) are left, (0, 7), (0, 9), (1, 7), and each becomes a row:
+    Three pairs (row, token) occur, (0, 7), (0, 9), (1, 7), and each becomes a row:
 
         parents      [0, 0, 1]           the row that each new row continues
         row_tokens   [7, 9, 7]           the token that it continues with

@@ -1,10 +1,10 @@
 """From completions to the tensors of a training forward.
 
-    groups -> optimizer batches -> micro-batches -> rows
+    groups -> optimizer batches; the groups of each -> rows -> micro-batches
 
-A group is packed as one row: the prompt once, then the prefix tree of its completions, which holds
-what they share once. A token attends only to its ancestors, and its position is its depth, so
-every log-prob equals that of the completion forwarded alone.
+A group is packed as one row: the prompt once, then the prefix tree of its completions, which stores
+shared beginnings once. A token attends to itself and its ancestors, and its position is its depth,
+so every log-prob equals that of the completion forwarded alone.
 
 Two completions of the prompt "p q", which agree in their first token ("." is the end token):
 
@@ -46,7 +46,7 @@ class Experience:
 
     prompt_ids: Tensor  # (prompt tokens,)
     completion_ids: list[Tensor]  # G x (tokens,), through the end token where there is one
-    completion_masks: list[Tensor]  # G x (tokens,), 1 = sampled by the policy, 0 = given to it
+    completion_masks: list[Tensor]  # G x (tokens,), 1 = in the loss; 0: given, as a tool's result
     sampled_log_probs: list[Tensor]  # G x (tokens,), of each token when it was sampled
     truncated: Tensor  # (G,), 1 where the token budget ended the completion
     completions: list[str]  # G texts
@@ -61,9 +61,10 @@ class PrefixTree:
     """A row: the prompt of a group, and the tree of some of its completions."""
 
     experience: Experience
-    weights: list[Tensor]  # G x (tokens,), of all completions
+    weights: list[Tensor]  # G x (tokens,), of all completions of the group
     ids: list[int]  # (tokens,), the prompt's at first
-    paths: dict[int, Tensor] = field(default_factory=dict)  # completion -> (tokens,), the indices
+    # completion -> (tokens,), the index from which each of its tokens is predicted
+    paths: dict[int, Tensor] = field(default_factory=dict)
     children: dict[tuple[int, int], int] = field(default_factory=dict)  # (index, token) -> index
 
     def add(self, number: int) -> None:
@@ -92,7 +93,7 @@ class MicroBatch:
     members: Tensor  # (rows, tokens, G), 1 where the token belongs to that completion of the row
     predicted_from: Tensor  # (sampled,), index into the rows * tokens hidden states
     targets: Tensor  # (sampled,), the sampled tokens
-    completion: Tensor  # (sampled,), the completion that a token belongs to, counted from 0
+    completion: Tensor  # (sampled,), its completion, counted from 0 here; for losses by sequence
     sampled_log_probs: Tensor  # (sampled,)
     advantages: Tensor  # (sampled,)
     weights: Tensor  # (sampled,)
@@ -109,17 +110,19 @@ class MicroBatch:
 
         Rows of one completion: the usual (rows, tokens), 1 for tokens and 0 for padding. Packed
         rows: (rows, 1, tokens, tokens), 0 where a token attends and a huge negative number where
-        not. A token attends to itself and to earlier ones that share a completion with it.
+        not. A token attends to itself and to earlier ones that share a completion with it: in a
+        tree these are its ancestors.
 
         Not a bool mask: eager attention adds whatever it is given and would be silently wrong.
         Padding attends to itself: a softmax over nothing is NaN.
         """
         if not self.packed:
             return self.members.any(-1).long()
-        share_a_completion = self.members @ self.members.mT > 0  # (rows, tokens, tokens)
-        attends = share_a_completion.tril()
-        attends |= torch.eye(attends.shape[-1], dtype=torch.bool, device=attends.device)
-        return (~attends).to(dtype)[:, None] * torch.finfo(dtype).min
+        shared = self.members @ self.members.mT  # (rows, tokens, tokens), completions in common
+        attends = (shared > 0).tril()
+        attends |= torch.eye(attends.shape[-1], dtype=torch.bool, device=attends.device)  # padding
+        is_hidden = (~attends).to(dtype)
+        return is_hidden[:, None] * torch.finfo(dtype).min
 
 
 class ReplayBuffer:
@@ -151,7 +154,7 @@ class ReplayBuffer:
             weights = token_weights(masks, config.critic_type, config.generate_max_length)
 
             rows = []
-            first = 0  # of the group's completions in the batch
+            first = 0  # the number, in the batch, of the group's first completion
             for group in groups:
                 group_weights = weights[first : first + len(group.completion_masks)]
                 first += len(group.completion_masks)
@@ -170,7 +173,9 @@ def numbers_to_forward(experience: Experience) -> list[int]:
     return [i for i, mask in enumerate(experience.completion_masks) if mask.any()]
 
 
-def packed_rows(experience: Experience, weights: list[Tensor], most_tokens: int):
+def packed_rows(
+    experience: Experience, weights: list[Tensor], most_tokens: int
+) -> list[PrefixTree]:
     """A group as one row, or as several where one would exceed `most_tokens`.
 
     A row is filled until the next completion would exceed `most_tokens`, counting it whole, as if
@@ -185,7 +190,7 @@ def packed_rows(experience: Experience, weights: list[Tensor], most_tokens: int)
     return rows
 
 
-def single_rows(experience: Experience, weights: list[Tensor]):
+def single_rows(experience: Experience, weights: list[Tensor]) -> list[PrefixTree]:
     """A row for each completion: for models in which packing is not exact (see `can_pack`)."""
     rows = []
     for number in numbers_to_forward(experience):

@@ -13,7 +13,8 @@ The words, with the numbers of the default:
     step           16 prompts x 8 completions = 128 completions, sampled, trained on, thrown away
     update         one optimizer step, on 64 completions; so a step has 2
     micro-batch    what is forwarded and backpropagated at once: at most 1,024 tokens
-    row            one sequence of a micro-batch; it holds a whole group, see replay_buffer.py
+    row            one packed sequence of a micro-batch: a group's prompt and all its completions
+                   (replay_buffer.py has a picture)
 
     a step: 128 completions -> 2 updates of 64 -> micro-batches of <= 1,024 tokens -> rows
 
@@ -57,6 +58,7 @@ from run import (
     speed_metrics,
 )
 from sampling import sample
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 EXPERIMENT = Path(__file__).resolve().parent.name
@@ -73,7 +75,7 @@ class Config:
     log_dir: str = "runs"
     # Log to Weights & Biases too (pip install wandb).
     wandb: bool = False
-    # The project there.
+    # The project at Weights & Biases.
     wandb_project: str = "grpo"
     # Decides the prompts' order, the samples and LoRA's first weights.
     seed: int = 42
@@ -96,9 +98,9 @@ class Config:
 
     # A directory (of a model or an adapter), or a name on the hub.
     model_name: str = str(DATA / "policy_math")
-    # Of matrix products. Weights that are trained are float32.
+    # Precision of matrix products. Weights that are trained are float32.
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    # flash_attention_2 takes no mask, so rows hold one completion with it.
+    # flash_attention_2 takes no (tokens, tokens) mask, so rows hold one completion with it.
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     # Rank of adapters on all linear layers. Higher: can learn more, takes more memory. 0 trains
     # every weight of the model instead.
@@ -166,19 +168,21 @@ class Config:
     micro_batch_tokens: int = 1024
     # adamw8bit keeps its state in 8 bits (bitsandbytes).
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    # For the embedded policy. Real models: 1e-6 in full, 1e-5 with LoRA.
+    # Learning rate of the embedded policy. Real models: 1e-6 for all weights, 1e-5 with LoRA.
     lr: float = 5e-5
-    # The gradient is scaled down to this norm. Higher: clipped less often.
+    # A longer gradient is scaled down to this norm. Higher: that happens less often.
     max_norm: float = 1.0
-    # The ratio is clipped to 1 - clip_eps_low ... Higher: larger moves within a step.
+    # The ratio is clipped at 1 - clip_eps_low, which bounds how far a token is pushed down
+    # within a step. Higher: larger moves.
     clip_eps_low: float = 0.2
-    # ... 1 + clip_eps_high.
+    # And at 1 + clip_eps_high, which bounds how far a token is pushed up.
     clip_eps_high: float = 0.2
-    # Of the KL to the policy that training began with. Higher: stays closer. 0 needs no reference.
+    # Weight of the KL to the policy that training began with. Higher: stays closer. 0 needs no
+    # reference.
     kl_weight: float = 0.01
-    # How tokens are weighed, see token_weights in loss.py.
+    # How tokens are averaged, see token_weights in loss.py.
     critic_type: Literal["grpo", "drgrpo", "dapo"] = "drgrpo"
-    # Reward of the form, where a right answer is worth 1.
+    # Reward of the right form. A right answer earns 1.
     format_weight: float = 0.1
 
     @property
@@ -357,7 +361,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- log-probs
-def sequences_log_probs(model, batch: MicroBatch, config: Config) -> torch.Tensor:
+def sequences_log_probs(model, micro_batch: MicroBatch, config: Config) -> torch.Tensor:
     """Log-probs of a micro-batch's sampled tokens under `model`, (sampled,), at least float32.
 
     It equals these lines, for every completion alone, with less work and less memory:
@@ -372,20 +376,24 @@ def sequences_log_probs(model, batch: MicroBatch, config: Config) -> torch.Tenso
     """
     base = unwrap(model)
     with autocast(config, model.device):
-        dtype = base.dtype if config.precision == "float32" else getattr(torch, config.precision)
+        mask_dtype = base.dtype
+        if config.precision != "float32":
+            mask_dtype = getattr(torch, config.precision)
         decoder = base.get_decoder()
         output = decoder(
-            batch.input_ids,  # (rows, tokens)
-            attention_mask=batch.attention_mask(dtype),
-            position_ids=batch.position_ids,
+            micro_batch.input_ids,  # (rows, tokens)
+            attention_mask=micro_batch.attention_mask(mask_dtype),
+            position_ids=micro_batch.position_ids,
             use_cache=False,
         )
         hidden = output.last_hidden_state.flatten(0, 1)  # (rows * tokens, hidden size)
         # index_select: its gradient repeats bit for bit on many threads, that of hidden[...] not.
-        hidden = hidden.index_select(0, batch.predicted_from)  # (sampled, hidden size)
-        chunk = max(1, 2**26 // base.config.get_text_config().vocab_size)  # 256 MB of logits
+        hidden = hidden.index_select(0, micro_batch.predicted_from)  # (sampled, hidden size)
+        chunk = max(
+            1, 2**26 // base.config.get_text_config().vocab_size
+        )  # tokens; 256 MB of logits
         log_probs = []
-        for states, targets in zip(hidden.split(chunk), batch.targets.split(chunk)):
+        for states, targets in zip(hidden.split(chunk), micro_batch.targets.split(chunk)):
             log_probs.append(
                 checkpoint(
                     token_log_probs, base, states, targets, config.temperature, use_reentrant=False
@@ -402,19 +410,20 @@ def token_log_probs(base, hidden, targets, temperature: float) -> torch.Tensor:
     if cap:
         logits = cap * torch.tanh(logits / cap)
     logits = logits / temperature
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+    return -cross_entropy(logits, targets, reduction="none")
 
 
 @torch.no_grad()
 def add_old_and_reference_log_probs(
     policy, reference, batches: list[list[MicroBatch]], config: Config
 ) -> None:
-    """Fill in what the loss compares the policy with.
+    """Fill in what the loss compares the policy with. The old log-probs of a step come from:
 
-    The first batch is trained on before any update. Its old log-probs are its own forward,
-    detached, so they are left to the loss, where the ratio is then exactly 1. For later batches
-    the sampler's serve in float32, where both differ by rounding alone (`max_log_prob_gap`).
-    In half precision they are computed again.
+    its first batch             its own training forward, detached: GRPOLoss fills them in,
+                                and the ratio is exactly 1
+    later, float32              the sampler; computing them again would differ by rounding
+                                alone (the log's max_log_prob_gap shows by how much)
+    later, half precision       computed again, here
     """
     policy.eval()
     for batch in batches[1:]:
@@ -496,11 +505,11 @@ def main(config: Config) -> None:
             add_old_and_reference_log_probs(policy, reference, batches, config)
 
             # 4. Update the policy, once for every batch.
-            policy.train()
+            policy.train()  # for gradient checkpointing; dropout is 0 (model.py)
             grad_norms = []
             for batch in batches * config.epochs_per_step:
                 if not batch:
-                    continue  # no group of it has anything to teach
+                    continue  # without a KL term: no group of it has spread
                 for micro_batch in batch:
                     log_probs = sequences_log_probs(policy, micro_batch, config)  # (sampled,)
                     loss = objective(log_probs, micro_batch)

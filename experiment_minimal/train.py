@@ -14,15 +14,15 @@ One step, for a prompt q and a group of G completions o_1 ... o_G of it:
     (2)  r_i   =  reward(o_i)                                   a rule: is the answer right?
     (3)  A_i   =  (r_i - mean(r)) / std(r)                      compare each with its group
     (4)  ratio =  pi(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t)        for each token t
-    (5)  KL    =  pi_ref / pi - log(pi_ref / pi) - 1            distance to where training began
+    (5)  KL    =  pi_ref / pi - log(pi_ref / pi) - 1            how far pi has moved, estimated at t
     (6)  loss  = -1/G sum_i 1/|o_i| sum_t [min(ratio A_i, clip(ratio, 1-eps, 1+eps) A_i) - beta KL]
 
-pi is the policy that is trained, pi_old what it was when it sampled, pi_ref what it was at first.
-(6) is the paper's equation 3, (5) its equation 4, (3) its section 4.1.2. At a step's first update
-pi is pi_old, so every ratio is 1; the clip matters from the second one on.
-
-Nothing here is for speed. experiment_base computes the same gradient several times faster (a test
-compares them), trains larger models, saves checkpoints and logs.
+averaged over prompts. pi is trained; pi_old is pi before the step's first update, pi_ref pi before
+training. These two and A are constants. At a step's first update every ratio is 1 and the loss 0,
+but not its gradient: that of A log pi. The clip matters from the second update on. (6) and (5) are
+the paper's equations 3 and 4, (3) its section 4.1.2. Nothing but the KV cache is for speed:
+experiment_base computes the same gradient several times faster (a test compares them), trains
+larger models, saves checkpoints and logs.
 """
 
 import copy
@@ -50,8 +50,8 @@ TEMPERATURE = 1.0
 LEARNING_RATE = 5e-5
 CLIP_EPS = 0.2  # eps in (6)
 KL_WEIGHT = 0.01  # beta in (6)
-MAX_NORM = 1.0  # the gradient is scaled down to this norm
-FORMAT_REWARD = 0.1  # where a right answer is worth 1
+MAX_NORM = 1.0  # a longer gradient is scaled down to this norm
+FORMAT_REWARD = 0.1  # for the right form; a right answer earns 1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -63,16 +63,16 @@ def read_tasks(path: Path) -> list[dict]:
 
 
 def encode_prompts(tokenizer, questions: list[str]):
-    """(ids, mask), (prompts, tokens) each, padded on the left: all end at the same column."""
+    """(ids, mask), each (rows, prompt length). Padded on the left: all end at the same column."""
     rows = []
     for question in questions:
         chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         # The template has written BOS already, where the model has one: no second one.
         rows.append(tokenizer(text, add_special_tokens=False).input_ids)
-    width = max(len(row) for row in rows)  # the mask is made of lengths: ids may hold padding ids
+    width = max(len(row) for row in rows)
     ids = [[0] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]  # never from ids == 0
     return torch.tensor(ids, device=DEVICE), torch.tensor(mask, device=DEVICE)
 
 
@@ -85,13 +85,13 @@ def find_eos_ids(model, tokenizer) -> torch.Tensor:
 
 @torch.no_grad()
 def sample(model, prompt_ids, prompt_mask, eos_ids, greedy: bool = False):
-    """(1) A completion of every row, from softmax(logits / TEMPERATURE) and nothing else.
+    """(1) A completion of every row, from softmax(logits / TEMPERATURE): no top_k, no top_p.
 
-    prompt_ids, prompt_mask: (rows, prompt). Returns ids and mask, (rows, prompt + completion). The
-    mask is 1 through the first end token, which has to be learnt too; eos also fills the rest:
+    prompt_ids, prompt_mask: (rows, prompt length). Returns ids and mask, each (rows, prompt length
+    + completion length). The mask is 1 through the first end token: to stop is learnt, too.
 
-        ids     5  8  7  6 eos eos eos
-        mask    1  1  1  1  1   0   0
+        ids     pad  p  q    5  8  6 eos eos eos        eos fills up what has ended
+        mask     0   1  1    1  1  1  1   0   0
     """
     ids, mask = prompt_ids, prompt_mask  # (rows, tokens so far)
     new_ids = prompt_ids  # what the KV cache does not hold yet: the prompt, then one token a row
@@ -104,9 +104,9 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, greedy: bool = False):
         logits = output.logits[:, -1] / TEMPERATURE  # (rows, vocabulary)
         sampled = torch.multinomial(logits.softmax(-1), 1)[:, 0]  # (rows,)
         tokens = logits.argmax(-1) if greedy else sampled
-        new_ids = tokens.where(alive, eos_ids[0])[:, None]  # (rows, 1)
+        new_ids = torch.where(alive, tokens, eos_ids[0])[:, None]  # (rows, 1)
         ids = torch.cat([ids, new_ids], dim=1)
-        mask = torch.cat([mask, alive[:, None].long()], dim=1)
+        mask = torch.cat([mask, alive[:, None].long()], dim=1)  # before eos ends it: eos counts
         alive = alive & ~torch.isin(tokens, eos_ids)
         if not alive.any():
             break
@@ -115,16 +115,16 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, greedy: bool = False):
 
 def reward(completion: str, answer: str) -> float:
     """(2) 1 for the right number in the last <answer>, FORMAT_REWARD for the form."""
-    answers = re.findall(r"<answer>\s*(-?[0-9]{1,20})\s*</answer>", completion)
-    is_right = len(answers) > 0 and int(answers[-1]) == int(answer)
+    number = re.match(r"\s*(-?[0-9]{1,20})\s*</answer>", completion.rpartition("<answer>")[2])
+    is_right = "<answer>" in completion and number is not None and int(number[1]) == int(answer)
     form = r"\s*<think>[^<]*</think>\s*<answer>[^<]*</answer>\s*"
     return 1.0 * is_right + FORMAT_REWARD * bool(re.fullmatch(form, completion))
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """(3) (prompts, G) -> (prompts, G). 1e-4 keeps a tiny std from making huge advantages.
+    """(3) (prompts, G) -> (prompts, G), std with G - 1. 1e-4 keeps a tiny std from exploding.
 
-    Exactly 0 where all rewards of a group are equal: there, rounding would make an advantage.
+    Exactly 0 where all rewards are equal: their mean may be off in the last digit.
     """
     mean = rewards.mean(dim=1, keepdim=True)  # (prompts, 1)
     std = rewards.std(dim=1, keepdim=True)  # (prompts, 1)
@@ -134,27 +134,27 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 def completion_log_probs(model, ids, mask, completion_length: int) -> torch.Tensor:
     """log pi(o_it | q, o_i,<t), (rows, completion). ids and mask: (rows, prompt + completion)."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padding has no position
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # 0, 1, 2, ... of the tokens that are no padding
     logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     logits = logits[:, -completion_length - 1 : -1]  # the logits at t - 1 predict token t
-    log_probs = (logits / TEMPERATURE).log_softmax(-1)  # (rows, completion, vocabulary)
+    log_probs = (logits / TEMPERATURE).log_softmax(-1)  # as sampled: (rows, completion, vocabulary)
     targets = ids[:, -completion_length:, None]  # (rows, completion, 1)
     return log_probs.gather(-1, targets)[:, :, 0]
 
 
-def grpo_loss(log_probs, old_log_probs, reference_log_probs, advantages, mask) -> torch.Tensor:
+def grpo_loss(log_probs, old_log_probs, reference_log_probs, advantages, completion_mask):
     """(4), (5), (6). advantages: (rows,); the others: (rows, completion). Returns a scalar."""
     advantages = advantages[:, None]  # (rows, 1), the same for every token
-    # Log-ratios are bounded to +-20, so that no exponential overflows.
-    ratio = (log_probs - old_log_probs).clamp(-20, 20).exp()  # (4)
+    ratio = (log_probs - old_log_probs).clamp(-20, 20).exp()  # (4), bounded against overflow
     clipped_ratio = ratio.clamp(1 - CLIP_EPS, 1 + CLIP_EPS)
+    # The smaller of both: nothing is gained by moving the ratio further than CLIP_EPS.
     surrogate = torch.min(ratio * advantages, clipped_ratio * advantages)
-    x = (reference_log_probs - log_probs).clamp(-20, 20)
+    x = (reference_log_probs - log_probs).clamp(-20, 20)  # log(pi_ref / pi)
     kl = x.exp() - x - 1  # (5)
     token_loss = -(surrogate - KL_WEIGHT * kl)
-    length = mask.sum(-1).clamp(min=1)  # |o_i|, (rows,)
-    completion_loss = (token_loss * mask).sum(-1) / length  # 1/|o_i| sum_t, (rows,)
-    return completion_loss.mean()  # 1/G sum_i, over all groups of the update
+    lengths = completion_mask.sum(-1).clamp(min=1)  # |o_i|, (rows,)
+    completion_loss = (token_loss * completion_mask).sum(-1) / lengths  # 1/|o_i| sum_t, (rows,)
+    return completion_loss.mean()  # 1/G sum_i, and the mean over the groups
 
 
 def evaluate(model, tokenizer, tasks: list[dict], eos_ids) -> float:
@@ -183,29 +183,29 @@ def main(seed: int = SEED) -> None:
     before = evaluate(policy, tokenizer, eval_tasks, eos_ids)
     for step in range(STEPS):
         # (1) Sample a group of G completions for every prompt: rows 0 to G - 1 are prompt 0's.
-        chosen = torch.randperm(len(tasks))[:PROMPTS_PER_STEP].repeat_interleave(GROUP_SIZE)
-        chosen = [tasks[i] for i in chosen]  # the task of every row
-        prompt_ids, prompt_mask = encode_prompts(tokenizer, [task["question"] for task in chosen])
-        ids, mask = sample(policy, prompt_ids, prompt_mask, eos_ids)  # trained on as they are
+        picked = torch.randperm(len(tasks))[:PROMPTS_PER_STEP]
+        row_tasks = [tasks[i] for i in picked for _ in range(GROUP_SIZE)]
+        prompt_ids, prompt_mask = encode_prompts(tokenizer, [t["question"] for t in row_tasks])
+        ids, mask = sample(policy, prompt_ids, prompt_mask, eos_ids)
         completion_mask = mask[:, prompt_ids.shape[1] :]  # (rows, completion)
-        length = completion_mask.shape[1]
+        width = completion_mask.shape[1]
 
         # (2) Reward every completion. (3) Compare it with its group.
-        texts = tokenizer.batch_decode(ids[:, -length:], skip_special_tokens=True)
-        rewards = [reward(text, task["answer"]) for text, task in zip(texts, chosen)]
+        texts = tokenizer.batch_decode(ids[:, -width:], skip_special_tokens=True)
+        rewards = [reward(text, task["answer"]) for text, task in zip(texts, row_tasks)]
         rewards = torch.tensor(rewards, device=DEVICE).view(-1, GROUP_SIZE)  # (prompts, G)
         advantages = group_advantages(rewards).flatten()  # (rows,)
         print(f"step {step + 1}/{STEPS}: reward {rewards.mean().item():.3f}", flush=True)
 
         # What the loss compares with, computed before any update: pi_old and pi_ref.
-        updates = torch.arange(len(ids)).split(PROMPTS_PER_UPDATE * GROUP_SIZE)  # whole groups
+        rows_of_updates = torch.arange(len(ids)).split(PROMPTS_PER_UPDATE * GROUP_SIZE)
         with torch.no_grad():
-            old = [completion_log_probs(policy, ids[u], mask[u], length) for u in updates]
-            ref = [completion_log_probs(reference, ids[u], mask[u], length) for u in updates]
+            old = [completion_log_probs(policy, ids[u], mask[u], width) for u in rows_of_updates]
+            ref = [completion_log_probs(reference, ids[u], mask[u], width) for u in rows_of_updates]
 
         # (4), (5), (6) Update the policy: forward, loss, backward, step.
-        for i, u in enumerate(updates):
-            log_probs = completion_log_probs(policy, ids[u], mask[u], length)
+        for i, u in enumerate(rows_of_updates):
+            log_probs = completion_log_probs(policy, ids[u], mask[u], width)
             loss = grpo_loss(log_probs, old[i], ref[i], advantages[u], completion_mask[u])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_NORM)

@@ -15,10 +15,13 @@ The paper maximises, over groups of G completions o_1 ... o_G of a prompt q,
     A_it               advantages: one number for a completion, repeated for each of its tokens
     eps                clip_eps_low, clip_eps_high
     beta               kl_weight
-    1/G 1/|o_i|        weights, see `token_weights`
+    1/G 1/|o_i|        weights, with the mean over the groups of the optimizer batch in them:
+                       1/n 1/|o_i|, n completions in the batch (see `token_weights`)
 
 A loss is minimised, so the sign is turned. The weights are computed once, over a whole optimizer
-batch. So the losses of its micro-batches add up, and how it is cut never changes the gradient.
+batch. A micro-batch that took its own mean would weigh a token by what happens to lie beside it.
+So the losses of micro-batches just add up, and but for rounding, how a batch is cut never changes
+the gradient.
 """
 
 import math
@@ -39,9 +42,9 @@ def log_ratio(log_probs: Tensor, other: Tensor) -> Tensor:
 def approx_kl_divergence(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """The k3 estimate of KL(pi || pi_ref) for each token: exp(x) - x - 1, x = log(pi_ref / pi).
 
-    Unbiased for tokens sampled from pi, and never negative (Schulman 2020,
-    joschu.net/blog/kl-approx.html). Beyond the bound on x it is flat. A bound inside the
-    exponent alone would turn the sign of the gradient there.
+    Unbiased for tokens sampled from pi, as they are at a step's first update, and never negative
+    (Schulman 2020, joschu.net/blog/kl-approx.html). Beyond the bound on x it is flat. If exp(x)
+    alone were bounded, -x would remain and push the wrong way.
     """
     x = log_ratio(reference_log_probs, log_probs)
     return x.exp() - x - 1
@@ -56,7 +59,8 @@ def token_weights(
         All completions of the batch, also those whose advantage is zero.
     generate_max_length: the most tokens that a completion may sample, fixed for a run.
 
-    With n completions in the batch, and `length` the sampled tokens of one of them:
+    critic_type chooses this average and nothing else of the papers. With n completions in the
+    batch, and `length` the sampled tokens of one of them:
 
                 the formula's nested means                          the weight of each token
         grpo    mean over completions (mean over its tokens)        1 / (n * length)
@@ -94,42 +98,44 @@ class GRPOLoss(nn.Module):
         self.kl_weight = kl_weight
         self.token_sums: list[dict[str, Tensor]] = []  # of each call, for `loss_metrics`
 
-    def forward(self, log_probs: Tensor, batch) -> Tensor:
+    def forward(self, log_probs: Tensor, micro_batch) -> Tensor:
         """The loss of a MicroBatch, a scalar. log_probs: (sampled tokens,), of the policy.
 
         Every field of the batch that is read is (sampled tokens,) too; reference_log_probs is
         not read where kl_weight is 0.
         """
-        if batch.old_log_probs is None:
-            # No update came before this batch, so the old policy is the present one: every
-            # ratio is exactly 1. The gradient is not 0, since only the other side is detached.
-            batch.old_log_probs = log_probs.detach()
+        if micro_batch.old_log_probs is None:
+            # The first batch of a step: no update came before it, so the old policy is the
+            # present one. The ratio is pi / (pi as a constant): its value is exactly 1, its
+            # gradient is that of log pi. It is kept for further passes over the batch.
+            micro_batch.old_log_probs = log_probs.detach()
 
-        ratio = log_ratio(log_probs, batch.old_log_probs).exp()
+        ratio = log_ratio(log_probs, micro_batch.old_log_probs).exp()
         clipped_ratio = ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high)
-        surrogate = ratio * batch.advantages
-        clipped_surrogate = clipped_ratio * batch.advantages
+        surrogate = ratio * micro_batch.advantages
+        clipped_surrogate = clipped_ratio * micro_batch.advantages
         token_loss = -torch.min(surrogate, clipped_surrogate)
 
         kl = None
         if self.kl_weight:
-            kl = approx_kl_divergence(log_probs, batch.reference_log_probs)
+            kl = approx_kl_divergence(log_probs, micro_batch.reference_log_probs)
             token_loss = token_loss + self.kl_weight * kl
 
-        loss = (batch.weights * token_loss).sum()
-        self.remember(loss, ratio, clipped_surrogate < surrogate, kl, batch)
+        loss = (micro_batch.weights * token_loss).sum()
+        self.remember(loss, ratio, clipped_surrogate < surrogate, kl, micro_batch)
         return loss
 
     @torch.no_grad()
-    def remember(self, loss, ratio, clipped, kl, batch) -> None:
-        """Note what the log needs: sums over tokens, which add up over micro-batches."""
+    def remember(self, loss, ratio, clipped, kl, micro_batch) -> None:
+        """Note what the log needs: sums over tokens, and the largest gap."""
+        gap = (micro_batch.old_log_probs - micro_batch.sampled_log_probs).abs()
         sums = {
             "loss": loss.detach(),
             "tokens": torch.tensor(ratio.numel()),
             "clipped": clipped.sum(),
             "ratio": ratio.detach().sum(),
             "ratio_squared": ratio.detach().square().sum(),
-            "gap": (batch.old_log_probs - batch.sampled_log_probs).abs().max(),
+            "gap": gap.max(),
         }
         if kl is not None:
             sums["kl"] = kl.detach().sum()
@@ -154,8 +160,10 @@ def loss_metrics(
         "grad_norm": sum(finite) / len(finite),  # before it is scaled down to max_norm
         "kl": total["kl"] / total["tokens"] if "kl" in total else None,
         "clip_fraction": total["clipped"] / total["tokens"],
+        # The effective sample size: the share of tokens that would count as much at ratio 1.
         "ess": total["ratio"] ** 2 / (total["tokens"] * total["ratio_squared"]),
-        # sampled against recomputed: rounding alone, or a bug in masks or positions
+        # Sampled against recomputed, where old log-probs are recomputed: in a step's first batch,
+        # and in half precision in all. Rounding alone, or a bug in masks or positions.
         "max_log_prob_gap": max(part["gap"].item() for part in token_sums),
         **of_updates,
     }

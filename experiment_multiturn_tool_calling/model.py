@@ -74,7 +74,7 @@ def autocast(config, device: torch.device, sampling: bool = False):
 
 
 def load_pretrained(name: str, config, device: torch.device, trainable: bool):
-    """A causal LM without dropout, by which log-probs of one and the same policy would differ.
+    """A causal LM without dropout, which would give one policy two log-probs for a token.
 
     Float32 where its weights are trained: bfloat16 would swallow small updates. Else half
     precision or 4-bit.
@@ -269,8 +269,10 @@ def make_optimizer(policy, config, state: dict | None = None):
 
 
 def make_scaler(config, device: torch.device, state: dict | None = None):
-    """What float16 needs: the loss is multiplied so that small gradients survive. Else it does
-    nothing, and scaler.scale(loss) is the loss."""
+    """For float16, whose small gradients would vanish: the loss is multiplied by a large number.
+
+    In every other precision scaler.scale(loss) is the loss.
+    """
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     if state:
         scaler.load_state_dict(state)
@@ -278,12 +280,12 @@ def make_scaler(config, device: torch.device, state: dict | None = None):
 
 
 def optimizer_step(policy, optimizer, scaler, config) -> float:
-    """One update: scale the gradient down to `max_norm`, step, clear the gradient.
+    """One update: scale a gradient longer than `max_norm` down to it, step, clear the gradient.
 
-    A gradient that is not finite is skipped: one NaN would make every weight NaN.
+    An update whose gradient is not finite is skipped: one NaN would make every weight NaN.
     Returns the gradient's norm before it is scaled down.
     """
-    scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)  # before clipping, whose bound is in the loss's own scale
     norm = clip_grad_norm_(policy.parameters(), config.max_norm).item()
     if math.isfinite(norm):
         scaler.step(optimizer)
