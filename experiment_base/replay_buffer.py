@@ -2,9 +2,11 @@
 
     groups -> optimizer batches; the groups of each -> rows -> micro-batches
 
-A group is packed as one row: the prompt once, then the prefix tree of its completions, which stores
-shared beginnings once. A token attends to itself and its ancestors, and its position is its depth,
-so every log-prob equals that of the completion forwarded alone.
+A group is packed as one row, or as several where it is too long: the prompt once, then the prefix
+tree of its completions, which stores shared beginnings once. A token attends to itself and its
+ancestors, and its position is its depth, so every log-prob equals that of the completion forwarded
+alone. Only the forward is shared: a token that two completions sampled is in the loss twice, with
+each one's advantage and weight.
 
 Two completions of the prompt "p q", which agree in their first token ("." is the end token):
 
@@ -141,8 +143,8 @@ class ReplayBuffer:
     def batches(self, config, generator: torch.Generator) -> list[list[MicroBatch]]:
         """Optimizer batches of `train_batch_size` completions, each a list of micro-batches.
 
-        Whole groups in random order. Without a KL term, groups without spread, whose advantages
-        are 0, are not forwarded; they count in the weights all the same.
+        Whole groups in random order. Without a KL term, groups whose rewards are all equal
+        (advantages 0) have no gradient and are not forwarded; the weights count them all the same.
         """
         order = torch.randperm(len(self.experiences), generator=generator)
         batches = []

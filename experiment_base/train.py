@@ -18,8 +18,9 @@ The words, with the numbers of the default:
     step           16 prompts x 8 completions = 128 completions, sampled, trained on, thrown away
     update         one optimizer step, on 64 completions; so a step has 2
     micro-batch    what is forwarded and backpropagated at once: at most 1,024 tokens
-    row            one packed sequence of a micro-batch: a group's prompt and all its completions
-                   (replay_buffer.py has a picture)
+    row            one sequence of a micro-batch: a prompt and as many of its group's completions
+                   as fit, packed (picture in replay_buffer.py; one completion where the model
+                   cannot pack)
 
     a step: 128 completions -> 2 updates of 64 -> micro-batches of <= 1,024 tokens -> rows
 
@@ -169,8 +170,8 @@ class Config:
     # Completions of an update. Lower: more updates a step; all but the first are off-policy, and
     # there the clip matters.
     train_batch_size: int = 64
-    # Tokens forwarded at once. Higher: faster on a GPU (4096 for real models), more memory. Never
-    # changes the gradient.
+    # Tokens forwarded at once, padding included; a longer row goes alone. Higher: faster on a GPU
+    # (4096 for real models), more memory. Changes the gradient by rounding only.
     micro_batch_tokens: int = 1024
     # adamw8bit keeps its state in 8 bits (bitsandbytes).
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -178,10 +179,10 @@ class Config:
     lr: float = 5e-5
     # A longer gradient is scaled down to this norm. Higher: that happens less often.
     max_norm: float = 1.0
-    # The ratio is clipped at 1 - clip_eps_low, which bounds how far a token is pushed down
-    # within a step. Higher: larger moves.
+    # A token with a negative advantage is pushed down no further once it is below
+    # 1 - clip_eps_low times its old probability. Higher: larger moves within a step.
     clip_eps_low: float = 0.2
-    # And at 1 + clip_eps_high, which bounds how far a token is pushed up.
+    # One with a positive advantage is pushed up no further once above 1 + clip_eps_high times it.
     clip_eps_high: float = 0.2
     # Weight of the KL to the policy that training began with. Higher: stays closer. 0 needs no
     # reference.
@@ -356,10 +357,10 @@ def rollout(
 
 # ---------------------------------------------------------------- advantages
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """(r - mean) / (std + 1e-4) over a group, std with n - 1 (2402.03300, section 4.1.2).
+    """(r - mean) / std over a group (2402.03300, section 4.1.2). (group_size,) in and out.
 
-    (group_size,) in and out. Exactly 0 where all rewards are equal: there, rounding would make an
-    advantage of its own.
+    Ours: std divides by n - 1, and + 1e-4. Exactly 0 where all rewards are equal: their mean can
+    be off by rounding, and dividing that by 1e-4 would make it an advantage.
     """
     if (rewards == rewards[0]).all():
         return torch.zeros_like(rewards)
@@ -382,10 +383,10 @@ def sequences_log_probs(model, micro_batch: MicroBatch, config: Config) -> torch
     """
     base = unwrap(model)
     with autocast(config, model.device):
-        mask_dtype = base.dtype
+        mask_dtype = base.dtype  # the mask is added to attention scores, so it has their precision
         if config.precision != "float32":
             mask_dtype = getattr(torch, config.precision)
-        decoder = base.get_decoder()
+        decoder = base.get_decoder()  # the model without its output head, which follows below
         output = decoder(
             micro_batch.input_ids,  # (rows, tokens)
             attention_mask=micro_batch.attention_mask(mask_dtype),
@@ -395,21 +396,20 @@ def sequences_log_probs(model, micro_batch: MicroBatch, config: Config) -> torch
         hidden = output.last_hidden_state.flatten(0, 1)  # (rows * tokens, hidden size)
         # index_select: its gradient repeats bit for bit on many threads, that of hidden[...] not.
         hidden = hidden.index_select(0, micro_batch.predicted_from)  # (sampled, hidden size)
-        chunk = max(
-            1, 2**26 // base.config.get_text_config().vocab_size
-        )  # tokens; 256 MB of logits
+        vocabulary = base.config.get_text_config().vocab_size
+        chunk = max(1, 2**26 // vocabulary)  # tokens at once: 256 MB of float32 logits
         log_probs = []
         for states, targets in zip(hidden.split(chunk), micro_batch.targets.split(chunk)):
-            log_probs.append(
-                checkpoint(
-                    token_log_probs, base, states, targets, config.temperature, use_reentrant=False
-                )
-            )
+            arguments = (base, states, targets, config.temperature)
+            log_probs.append(checkpoint(token_log_probs, *arguments, use_reentrant=False))
     return torch.cat(log_probs)
 
 
 def token_log_probs(base, hidden, targets, temperature: float) -> torch.Tensor:
-    """log_softmax(logits / temperature) at the targets, (tokens,). hidden: (tokens, hidden size)"""
+    """log_softmax(logits / temperature) at the targets, which is minus the cross-entropy.
+
+    hidden: (tokens, hidden size). Returns (tokens,).
+    """
     logits = base.get_output_embeddings()(hidden)  # (tokens, vocabulary)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)  # Gemma
@@ -423,13 +423,14 @@ def token_log_probs(base, hidden, targets, temperature: float) -> torch.Tensor:
 def add_old_and_reference_log_probs(
     policy, reference, batches: list[list[MicroBatch]], config: Config
 ) -> None:
-    """Fill in what the loss compares the policy with. The old log-probs of a step come from:
+    """Fill in what the loss compares the policy with: log pi_old and log pi_ref.
 
-    its first batch             its own training forward, detached: GRPOLoss fills them in,
-                                and the ratio is exactly 1
-    later, float32              the sampler; computing them again would differ by rounding
-                                alone (the log's max_log_prob_gap shows by how much)
-    later, half precision       computed again, here
+    log pi_old is of the policy that sampled. Where it comes from differs by rounding and cost:
+
+        first batch                no update came before it: its own training forward, detached
+                                   (GRPOLoss does it). Free, and the first ratio is exactly 1
+        later, float32             noted while sampling. Free, and off by rounding alone
+        later, half precision      computed again, here: sampling rounds too differently
     """
     policy.eval()
     for batch in batches[1:]:
@@ -505,8 +506,9 @@ def main(config: Config) -> None:
         # 3. Cut the groups into batches; add the old policy's and the reference's log-probs.
         replay_buffer.extend(experiences)
         generator = make_generator("cpu", config.seed, "batches", step)
-        batches = replay_buffer.batches(config, generator)
-        batches = [[micro_batch.to(device) for micro_batch in batch] for batch in batches]
+        batches = []
+        for batch in replay_buffer.batches(config, generator):
+            batches.append([micro_batch.to(device) for micro_batch in batch])
         with out_of_memory_names("micro_batch_tokens"):
             add_old_and_reference_log_probs(policy, reference, batches, config)
 
@@ -515,11 +517,11 @@ def main(config: Config) -> None:
             grad_norms = []
             for batch in batches * config.epochs_per_step:
                 if not batch:
-                    continue  # without a KL term: no group of it has spread
+                    continue  # kl_weight is 0, and so is every advantage: no gradient
                 for micro_batch in batch:
                     log_probs = sequences_log_probs(policy, micro_batch, config)  # (sampled,)
                     loss = objective(log_probs, micro_batch)
-                    scaler.scale(loss).backward()  # gradients of micro-batches add up
+                    scaler.scale(loss).backward()  # scale: for float16, else it does nothing
                 grad_norms.append(optimizer_step(policy, optimizer, scaler, config))
         run.check_updates(grad_norms)
         replay_buffer.clear()

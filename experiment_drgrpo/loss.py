@@ -2,10 +2,11 @@
 
 The paper maximises, over groups of G completions o_1 ... o_G of a prompt q,
 
-    1/G sum_i 1/|o_i| sum_t { min[ r_it A_it, clip(r_it, 1 - eps, 1 + eps) A_it ] - beta KL_it }
+    1/G sum_i 1/|o_i| sum_t { min[ ratio_it A_it, clip(ratio_it, 1 - eps, 1 + eps) A_it ]
+                                - beta KL_it }
 
-        r_it  = pi(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t)
-        KL_it = pi_ref / pi - log(pi_ref / pi) - 1
+        ratio_it = pi(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t)
+        KL_it    = pi_ref / pi - log(pi_ref / pi) - 1
 
     paper              here
     o_i, |o_i|         a completion, the number of its sampled tokens
@@ -15,8 +16,8 @@ The paper maximises, over groups of G completions o_1 ... o_G of a prompt q,
     A_it               advantages: one number for a completion, repeated for each of its tokens
     eps                clip_eps_low, clip_eps_high
     beta               kl_weight
-    1/G 1/|o_i|        weights, with the mean over the groups of the optimizer batch in them:
-                       1/n 1/|o_i|, n completions in the batch (see `token_weights`)
+    1/G 1/|o_i|        weights: 1/n 1/|o_i| with n = all completions of the optimizer batch.
+                       Groups are equal in size, so it is the mean over them (`token_weights`)
 
 A loss is minimised, so the sign is turned. The weights are computed once, over a whole optimizer
 batch. A micro-batch that took its own mean would weigh a token by what happens to lie beside it.
@@ -42,8 +43,9 @@ def log_ratio(log_probs: Tensor, other: Tensor) -> Tensor:
 def approx_kl_divergence(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """The k3 estimate of KL(pi || pi_ref) for each token: exp(x) - x - 1, x = log(pi_ref / pi).
 
-    Unbiased for tokens sampled from pi, as they are at a step's first update, and never negative
-    (Schulman 2020, joschu.net/blog/kl-approx.html). Beyond the bound on x it is flat. If exp(x)
+    Its value is unbiased for tokens sampled from pi, as they are at a step's first update, and
+    never negative (Schulman 2020, joschu.net/blog/kl-approx.html); its expected gradient there
+    is that of KL(pi_ref || pi). Beyond the bound on x it is flat. If exp(x)
     alone were bounded, -x would remain and push the wrong way.
     """
     x = log_ratio(reference_log_probs, log_probs)
@@ -59,8 +61,9 @@ def token_weights(
         All completions of the batch, also those whose advantage is zero.
     generate_max_length: the most tokens that a completion may sample, fixed for a run.
 
-    critic_type chooses this average and nothing else of the papers. With n completions in the
-    batch, and `length` the sampled tokens of one of them:
+    critic_type changes only this average: by itself, drgrpo still divides advantages by the
+    standard deviation, and dapo samples as ever. With n completions in the batch, and `length`
+    the sampled tokens of one of them:
 
                 the formula's nested means                          the weight of each token
         grpo    mean over completions (mean over its tokens)        1 / (n * length)
@@ -85,7 +88,7 @@ def token_weights(
 class GRPOLoss(nn.Module):
     """Clipped surrogate with a KL penalty, summed over tokens t with their weights w:
 
-        sum_t w_t * ( -min(r_t A_t, clip(r_t, 1 - clip_eps_low, 1 + clip_eps_high) A_t)
+        sum_t w_t * ( -min(ratio_t A_t, clip(ratio_t, 1 - clip_eps_low, 1 + clip_eps_high) A_t)
                       + kl_weight * KL_t )
 
     (two clip bounds as in 2503.14476; with equal ones it is 2402.03300)
@@ -114,6 +117,8 @@ class GRPOLoss(nn.Module):
         clipped_ratio = ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high)
         surrogate = ratio * micro_batch.advantages
         clipped_surrogate = clipped_ratio * micro_batch.advantages
+        # min: once the advantage has pushed the ratio past its bound, the gradient is 0. Past the
+        # other bound it is not, so the token can still be pulled back.
         token_loss = -torch.min(surrogate, clipped_surrogate)
 
         kl = None
@@ -160,7 +165,7 @@ def loss_metrics(
         "grad_norm": sum(finite) / len(finite),  # before it is scaled down to max_norm
         "kl": total["kl"] / total["tokens"] if "kl" in total else None,
         "clip_fraction": total["clipped"] / total["tokens"],
-        # The effective sample size: the share of tokens that would count as much at ratio 1.
+        # Effective sample size, a share: 1 where all ratios are equal, less the more they differ.
         "ess": total["ratio"] ** 2 / (total["tokens"] * total["ratio_squared"]),
         # Sampled against recomputed, where old log-probs are recomputed: in a step's first batch,
         # and in half precision in all. Rounding alone, or a bug in masks or positions.

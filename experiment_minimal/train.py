@@ -14,15 +14,15 @@ One step, for a prompt q and a group of G completions o_1 ... o_G of it:
     (2)  r_i   =  reward(o_i)                                   a rule: is the answer right?
     (3)  A_i   =  (r_i - mean(r)) / std(r)                      compare each with its group
     (4)  ratio =  pi(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t)        for each token t
-    (5)  KL    =  pi_ref / pi - log(pi_ref / pi) - 1            how far pi has moved, estimated at t
+    (5)  KL    =  pi_ref / pi - log(pi_ref / pi) - 1            how far pi is from pi_ref at t; >= 0
     (6)  loss  = -1/G sum_i 1/|o_i| sum_t [min(ratio A_i, clip(ratio, 1-eps, 1+eps) A_i) - beta KL]
 
-averaged over prompts. pi is trained; pi_old is pi before the step's first update, pi_ref pi before
-training. These two and A are constants. At a step's first update every ratio is 1 and the loss 0,
-but not its gradient: that of A log pi. The clip matters from the second update on. (6) and (5) are
-the paper's equations 3 and 4, (3) its section 4.1.2. Nothing but the KV cache is for speed:
-experiment_base computes the same gradient several times faster (a test compares them), trains
-larger models, saves checkpoints and logs.
+averaged over prompts. pi is trained; pi_old is the pi that sampled, pi_ref the pi before training,
+both without gradient, like A. At a step's first update pi is pi_old: every ratio is 1, and as a
+group's A sum to 0, the loss is beta KL; the gradient is that of -A log pi + beta KL. From the
+second update on pi has left pi_old: ratio and clip matter. (6), (5): the paper's equations 3, 4;
+(3): its 4.1.2. Only the KV cache is for speed: experiment_base computes the same gradient several
+times faster (a test compares them), trains larger models, saves checkpoints and logs.
 """
 
 import copy
@@ -106,7 +106,7 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, greedy: bool = False):
         tokens = logits.argmax(-1) if greedy else sampled
         new_ids = torch.where(alive, tokens, eos_ids[0])[:, None]  # (rows, 1)
         ids = torch.cat([ids, new_ids], dim=1)
-        mask = torch.cat([mask, alive[:, None].long()], dim=1)  # before eos ends it: eos counts
+        mask = torch.cat([mask, alive[:, None].long()], dim=1)  # alive not yet updated: eos counts
         alive = alive & ~torch.isin(tokens, eos_ids)
         if not alive.any():
             break
@@ -114,7 +114,7 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, greedy: bool = False):
 
 
 def reward(completion: str, answer: str) -> float:
-    """(2) 1 for the right number in the last <answer>, FORMAT_REWARD for the form."""
+    """(2) 1 for the right number in the last <answer>, plus FORMAT_REWARD for the form."""
     number = re.match(r"\s*(-?[0-9]{1,20})\s*</answer>", completion.rpartition("<answer>")[2])
     is_right = "<answer>" in completion and number is not None and int(number[1]) == int(answer)
     form = r"\s*<think>[^<]*</think>\s*<answer>[^<]*</answer>\s*"
@@ -122,9 +122,9 @@ def reward(completion: str, answer: str) -> float:
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """(3) (prompts, G) -> (prompts, G), std with G - 1. 1e-4 keeps a tiny std from exploding.
+    """(3) (prompts, G) -> (prompts, G). std divides by G - 1; 1e-4 keeps A small at a tiny std.
 
-    Exactly 0 where all rewards are equal: their mean may be off in the last digit.
+    Exactly 0 where all rewards are equal: r - mean may be a rounding error, which would grow.
     """
     mean = rewards.mean(dim=1, keepdim=True)  # (prompts, 1)
     std = rewards.std(dim=1, keepdim=True)  # (prompts, 1)
@@ -147,7 +147,7 @@ def grpo_loss(log_probs, old_log_probs, reference_log_probs, advantages, complet
     advantages = advantages[:, None]  # (rows, 1), the same for every token
     ratio = (log_probs - old_log_probs).clamp(-20, 20).exp()  # (4), bounded against overflow
     clipped_ratio = ratio.clamp(1 - CLIP_EPS, 1 + CLIP_EPS)
-    # The smaller of both: nothing is gained by moving the ratio further than CLIP_EPS.
+    # min: gradient 0 once A has pushed the ratio past 1 +- CLIP_EPS; the way back stays open.
     surrogate = torch.min(ratio * advantages, clipped_ratio * advantages)
     x = (reference_log_probs - log_probs).clamp(-20, 20)  # log(pi_ref / pi)
     kl = x.exp() - x - 1  # (5)
@@ -166,7 +166,7 @@ def evaluate(model, tokenizer, tasks: list[dict], eos_ids) -> float:
         ids, _ = sample(model, prompt_ids, prompt_mask, eos_ids, greedy=True)
         texts = tokenizer.batch_decode(ids[:, prompt_ids.shape[1] :], skip_special_tokens=True)
         for text, task in zip(texts, chunk):
-            right += reward(text, task["answer"]) >= 1
+            right += reward(text, task["answer"]) >= 1  # FORMAT_REWARD alone is less
     return right / len(tasks)
 
 
@@ -188,24 +188,24 @@ def main(seed: int = SEED) -> None:
         prompt_ids, prompt_mask = encode_prompts(tokenizer, [t["question"] for t in row_tasks])
         ids, mask = sample(policy, prompt_ids, prompt_mask, eos_ids)
         completion_mask = mask[:, prompt_ids.shape[1] :]  # (rows, completion)
-        width = completion_mask.shape[1]
+        length = completion_mask.shape[1]
 
         # (2) Reward every completion. (3) Compare it with its group.
-        texts = tokenizer.batch_decode(ids[:, -width:], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(ids[:, -length:], skip_special_tokens=True)
         rewards = [reward(text, task["answer"]) for text, task in zip(texts, row_tasks)]
         rewards = torch.tensor(rewards, device=DEVICE).view(-1, GROUP_SIZE)  # (prompts, G)
         advantages = group_advantages(rewards).flatten()  # (rows,)
         print(f"step {step + 1}/{STEPS}: reward {rewards.mean().item():.3f}", flush=True)
 
-        # What the loss compares with, computed before any update: pi_old and pi_ref.
-        rows_of_updates = torch.arange(len(ids)).split(PROMPTS_PER_UPDATE * GROUP_SIZE)
+        # log pi_old, from before this step's first update, and log pi_ref: constants in the loss.
+        updates = torch.arange(len(ids)).split(PROMPTS_PER_UPDATE * GROUP_SIZE)  # row numbers
         with torch.no_grad():
-            old = [completion_log_probs(policy, ids[u], mask[u], width) for u in rows_of_updates]
-            ref = [completion_log_probs(reference, ids[u], mask[u], width) for u in rows_of_updates]
+            old = [completion_log_probs(policy, ids[u], mask[u], length) for u in updates]
+            ref = [completion_log_probs(reference, ids[u], mask[u], length) for u in updates]
 
         # (4), (5), (6) Update the policy: forward, loss, backward, step.
-        for i, u in enumerate(rows_of_updates):
-            log_probs = completion_log_probs(policy, ids[u], mask[u], width)
+        for i, u in enumerate(updates):
+            log_probs = completion_log_probs(policy, ids[u], mask[u], length)
             loss = grpo_loss(log_probs, old[i], ref[i], advantages[u], completion_mask[u])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_NORM)

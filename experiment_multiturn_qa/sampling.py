@@ -66,7 +66,7 @@ def sample(policy, histories, eos_ids, config, generator=None, memory=None):
                 break
 
             vocabulary = logits.shape[-1]
-            # Rows that have ended leave here: no unfinished completion has them any more.
+            # A row is repeated where its completions part, and dropped where all have ended.
             parents, row_tokens, row_of = split_rows(row_of[~ended], tokens[~ended], vocabulary)
             if not torch.equal(parents, torch.arange(len(mask), device=device)):
                 mask = mask[parents]
