@@ -8,7 +8,7 @@ rewarded, and that replaces PPO's critic.
     python experiment_base/train.py --help    # every constant below is a flag
 
 New to GRPO? Read experiment_minimal/train.py first. It is the same algorithm, padded and plain, and
-a test proves that both compute the same gradient. This one is several times faster, trains real
+a test checks that both compute the same gradient. This one is several times faster, trains real
 models and can be resumed. Beside it, loss.py and replay_buffer.py are the lesson; sampling.py,
 model.py and run.py are plumbing.
 
@@ -501,7 +501,7 @@ def main(config: Config) -> None:
             experience.reward_parts = reward(experience, config)
             experience.rewards = sum(experience.reward_parts.values())  # (group_size,)
             experience.advantages = group_advantages(experience.rewards)  # (group_size,)
-        run.watch(step, experiences, tokenizer)
+        run.watch(step, experiences, tokenizer)  # warns where no group has spread
 
         # 3. Cut the groups into batches; add the old policy's and the reference's log-probs.
         replay_buffer.extend(experiences)
@@ -509,7 +509,7 @@ def main(config: Config) -> None:
         batches = []
         for batch in replay_buffer.batches(config, generator):
             batches.append([micro_batch.to(device) for micro_batch in batch])
-        with out_of_memory_names("micro_batch_tokens"):
+        with out_of_memory_names("micro_batch_tokens"):  # says what to lower
             add_old_and_reference_log_probs(policy, reference, batches, config)
 
             # 4. Update the policy, once for every batch.
@@ -523,7 +523,7 @@ def main(config: Config) -> None:
                     loss = objective(log_probs, micro_batch)
                     scaler.scale(loss).backward()  # scale: for float16, else it does nothing
                 grad_norms.append(optimizer_step(policy, optimizer, scaler, config))
-        run.check_updates(grad_norms)
+        run.check_updates(grad_norms)  # ends the run where none is finite any more
         replay_buffer.clear()
 
         # 5. Log, evaluate, save.

@@ -45,8 +45,10 @@ def approx_kl_divergence(log_probs: Tensor, reference_log_probs: Tensor) -> Tens
 
     Its value is unbiased for tokens sampled from pi, as they are at a step's first update, and
     never negative (Schulman 2020, joschu.net/blog/kl-approx.html); its expected gradient there
-    is that of KL(pi_ref || pi). Beyond the bound on x it is flat. If exp(x)
-    alone were bounded, -x would remain and push the wrong way.
+    is that of KL(pi_ref || pi).
+
+    Beyond the bound on x it is flat. If exp(x) alone were bounded, -x would remain and push the
+    wrong way.
     """
     x = log_ratio(reference_log_probs, log_probs)
     return x.exp() - x - 1
@@ -159,7 +161,9 @@ def loss_metrics(
     if not finite:
         names = ("loss", "grad_norm", "kl", "clip_fraction", "ess", "max_log_prob_gap")
         return {**dict.fromkeys(names), **of_updates}
-    total = {name: sum(part[name].item() for part in token_sums) for name in token_sums[0]}
+    total = {}
+    for name in token_sums[0]:
+        total[name] = sum(part[name].item() for part in token_sums)
     return {
         "loss": total["loss"] / len(grad_norms),
         "grad_norm": sum(finite) / len(finite),  # before it is scaled down to max_norm

@@ -597,7 +597,7 @@ def main(config: Config) -> None:
             experience.reward_parts = reward(experience, config)
             experience.rewards = sum(experience.reward_parts.values())  # (group_size,)
             experience.advantages = group_advantages(experience.rewards)  # (group_size,)
-        run.watch(step, experiences, tokenizer)
+        run.watch(step, experiences, tokenizer)  # warns where no group has spread
 
         # 3. Cut the groups into batches; add the old policy's and the reference's log-probs.
         replay_buffer.extend(experiences)
@@ -605,7 +605,7 @@ def main(config: Config) -> None:
         batches = []
         for batch in replay_buffer.batches(config, generator):
             batches.append([micro_batch.to(device) for micro_batch in batch])
-        with out_of_memory_names("micro_batch_tokens"):
+        with out_of_memory_names("micro_batch_tokens"):  # says what to lower
             add_old_and_reference_log_probs(policy, reference, batches, config)
 
             # 4. Update the policy, once for every batch.
@@ -619,7 +619,7 @@ def main(config: Config) -> None:
                     loss = objective(log_probs, micro_batch)
                     scaler.scale(loss).backward()  # scale: for float16, else it does nothing
                 grad_norms.append(optimizer_step(policy, optimizer, scaler, config))
-        run.check_updates(grad_norms)
+        run.check_updates(grad_norms)  # ends the run where none is finite any more
         replay_buffer.clear()
 
         # 5. Log, evaluate, save.

@@ -769,7 +769,7 @@ def test_adapters_and_4_bit_weights_train(kind, tmp_path, model, monkeypatch):
 SAME = """make_generator prompts_of_step group_advantages sequences_log_probs token_log_probs
 add_old_and_reference_log_probs""".split()
 OWN = """Prompt Trajectory Config read_prompts is_selected make_prompt parse_number accuracy_reward
-is_lenient_match given_answer reward respond evaluate search_metrics warn_of_cuts
+is_lenient_match reward respond evaluate
 main""".split()
 
 
