@@ -54,6 +54,8 @@ POSITIVE = (
     "eval_interval",
     "checkpoint_interval",
     "max_eval_prompts",
+    "micro_batch_tokens",
+    "epochs",
 )
 # Of a full disk, as Python, torch and safetensors report it.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -84,6 +86,8 @@ def check_config(config, also_positive: tuple[str, ...] = ()) -> None:
         fail("--wandb: the package is missing; pip install wandb")
     if config.sample_rows < group_size:
         fail(f"--sample-rows {config.sample_rows}: must hold one group, --group-size {group_size}")
+    if config.max_steps is not None and config.max_steps < 0:
+        fail(f"--max-steps {config.max_steps}: must be 0 or more")
     for name in POSITIVE + also_positive:
         if getattr(config, name) <= 0:
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
@@ -352,7 +356,8 @@ class Run:
             return
         self.without_spread += 1
         seen = why_nothing_is_learnt(experiences)
-        self.nothing_learnt = f"no group had spread, so nothing is learnt: {seen}"
+        what = "no group had spread" if trained_on is None else "no group was left to train on"
+        self.nothing_learnt = f"{what}, so nothing is learnt: {seen}"
         steps_since_first_warning = self.without_spread - NO_SPREAD_STEPS
         if steps_since_first_warning >= 0 and steps_since_first_warning % NO_SPREAD_AGAIN == 0:
             steps = f"{self.without_spread} steps in a row, the last of them {step}"
@@ -484,6 +489,9 @@ def why_nothing_is_learnt(experiences) -> str:
         seen.append(f"the token budget cut off {truncated:.0%} of the completions")
     if truncated > 0.2:
         advice.append("raise --max-new-tokens (and --max-length)")
-    if not advice:
+    all_same = all(len(set(e.completions)) == 1 for e in experiences)
+    if all_same:
+        seen.append("the completions of a group are all the same")
+    if all_same or not advice:
         advice.append("raise --temperature or --group-size, so that completions differ")
     return f"{', '.join(seen)}. What to change: {'; '.join(advice)}"

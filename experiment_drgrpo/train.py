@@ -149,7 +149,7 @@ class Config:
     max_length: int = 512
     # Tokens of a completion. Higher: fewer are cut off, and sampling takes longer.
     max_new_tokens: int = 64
-    # Completions sampled at once. Higher: faster, more memory. Changes nothing that is learnt.
+    # Completions sampled at once. Higher: faster, more memory. Draws other random numbers.
     sample_rows: int = 256
 
     # ---- the update
@@ -164,8 +164,8 @@ class Config:
     # Completions of an update. Lower: more updates a step; all but the first are off-policy, and
     # there the clip matters.
     train_batch_size: int = 64
-    # Tokens forwarded at once, padding included; a longer row goes alone. Higher: faster on a GPU
-    # (4096 for real models), more memory. Changes the gradient by rounding only.
+    # Tokens forwarded at once, padding included; a longer row goes alone. Higher: more memory, and
+    # faster on a GPU, where real models take 4096. Changes the gradient by rounding only.
     micro_batch_tokens: int = 1024
     # adamw8bit keeps its state in 8 bits (bitsandbytes).
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -173,8 +173,8 @@ class Config:
     lr: float = 5e-5
     # A longer gradient is scaled down to this norm. Higher: that happens less often.
     max_norm: float = 1.0
-    # A token with a negative advantage is pushed down no further once it is below
-    # 1 - clip_eps_low times its old probability. Higher: larger moves within a step.
+    # A token with a negative advantage is pushed down no further once its probability is below
+    # its old one times 1 - clip_eps_low. Higher: larger moves within a step.
     clip_eps_low: float = 0.2
     # One with a positive advantage is pushed up no further once above 1 + clip_eps_high times it.
     clip_eps_high: float = 0.2

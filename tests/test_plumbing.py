@@ -421,6 +421,7 @@ def rewarded(accuracy, form=(0, 0, 0, 0), truncated=(0, 0, 0, 0)):
     texts = [[ord(letter) for letter in "no"]] * 4
     experience = group([ord(letter) for letter in "2 + 3 ="], texts)
     experience.answer = "5"
+    experience.completions = ["no", "No", "nope", "none"]
     experience.truncated = torch.tensor(truncated, dtype=torch.float32)
     experience.reward_parts = {
         "reward_accuracy": torch.tensor(accuracy, dtype=torch.float32),
@@ -540,6 +541,24 @@ def test_a_whole_run_that_learns_nothing_says_so(tmp_path, model, capsys, monkey
     assert out.count("[right answer: ") == 2  # a completion with each of the first two
 
 
+def test_completions_that_are_all_the_same_ask_for_a_higher_temperature():
+    """Bug: at a temperature of 0.02 a policy that is right now and then is told to take easier
+    prompts."""
+    experience = rewarded(WRONG)
+    experience.completions = ["no"] * 4
+    text = base.run.why_nothing_is_learnt([experience])
+    assert "the completions of a group are all the same" in text and "raise --temperature" in text
+    assert "--temperature" not in base.run.why_nothing_is_learnt([rewarded(WRONG)])
+
+
+@pytest.mark.parametrize("name", ["max_steps", "epochs", "micro_batch_tokens"])
+def test_numbers_that_leave_an_empty_run_are_refused(name):
+    """Bug: --epochs 0 uses up the run's name, and ends with nothing done."""
+    flag = name.replace("_", "-")
+    with pytest.raises(SystemExit, match=f"error: --{flag} -1: must be"):
+        base.run.check_config(base.train.Config(**{name: -1}))
+
+
 def test_dapo_says_so_where_it_keeps_no_group(tmp_path, model, capsys, monkeypatch):
     """Bug: DAPO's main watches all groups that were sampled, in which the form has spread."""
     form = lambda completion: len(completion) % 7 / 7  # noqa: E731
@@ -610,7 +629,8 @@ def test_sync_finds_and_mends_a_copy(is_missing, name, file, sync, tmp_path, cap
     changed.write_bytes(before + b"\n# changed\n")
     if is_missing:
         changed.unlink()
-    assert check(sync, capsys) == f"{name}/{file} differs\n"
+    state = "is missing" if is_missing else "differs"
+    assert check(sync, capsys) == f"{name}/{file} {state}\n"
     assert changed.exists() != is_missing  # --check copies nothing
     sync.main(sync.Config())
     assert capsys.readouterr().out == f"{name}/{file} copied\n"

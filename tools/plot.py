@@ -60,7 +60,7 @@ def main(options: Options) -> None:
     if options.smooth < 1:
         sys.exit(f"error: --smooth {options.smooth}: must be above 0")
     if not options.runs:
-        sys.exit("error: name at least one run: python plot.py runs/<run-name>")
+        sys.exit("error: name at least one run: python tools/plot.py runs/<run-name>")
     runs = {run: read_metrics(run) for run in options.runs}
     known = {name for rows in runs.values() for row in rows for name in row}
     if missing := [metric for metric in options.metrics if metric not in known]:

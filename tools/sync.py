@@ -67,7 +67,10 @@ def main(config: Config) -> None:
             if not config.check:
                 copy.write_bytes(source.read_bytes())
     for copy in differing:
-        print(f"{copy.relative_to(ROOT)} {'differs' if config.check else 'copied'}")
+        state = "copied"
+        if config.check:
+            state = "differs" if copy.is_file() else "is missing"
+        print(f"{copy.relative_to(ROOT)} {state}")
     if config.check and differing:
         sys.exit("error: run `python tools/sync.py`, or change the owner's file")
 
