@@ -1,6 +1,6 @@
 """What a run needs and what teaches nothing about GRPO. Plumbing, the same in every experiment.
 
-Checks of the config, data files, checkpoints, logs, signals, warnings, figures of a step.
+Checks of the config, checkpoints, logs, signals, warnings, figures of a step.
 """
 
 import importlib.util
@@ -12,13 +12,15 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, get_args, get_type_hints
 
-import pyarrow.parquet
 import torch
+import tyro
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -29,7 +31,7 @@ MAX_SKIPPED = 10  # updates in a row without a finite gradient that end the run
 NO_SPREAD_STEPS = 5  # steps in a row without a group to learn from, until a warning says so
 NO_SPREAD_AGAIN = 20  # steps from one such warning to the next
 KEPT_CHECKPOINTS = 2  # the newest of a run; older ones are deleted
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+RUN_NAME_BYTES = 100
 # What a resumed run shares with the run that it continues: its weights must fit, and its prompts
 # go on in order.
 FIXED = (
@@ -46,16 +48,19 @@ FIXED = (
     "train_batch_size",
     "epochs_per_step",
 )
-POSITIVE = (
-    "rollouts_per_step",
-    "temperature",
-    "max_new_tokens",
-    "epochs_per_step",
-    "eval_interval",
+# What a resumed run may change and still train the same policy.
+HARMLESS = (
+    "run_name",
+    "resume",
+    "log_dir",
+    "checkpoint_path",
     "checkpoint_interval",
+    "eval_interval",
+    "log_completions_interval",
     "max_eval_prompts",
-    "micro_batch_tokens",
-    "epochs",
+    "wandb",
+    "wandb_project",
+    "device_index",
 )
 # Of a full disk, as Python, torch and safetensors report it.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -66,103 +71,90 @@ def fail(message: str):
     sys.exit(f"error: {message}")
 
 
-def check_config(config, also_positive: tuple[str, ...] = ()) -> None:
-    """Refuse what cannot work before anything is loaded.
+# ---------------------------------------------------------------- the config
+@dataclass(frozen=True)
+class Range:
+    """The values that a constant may have: numbers from `low` to `high`, which are finite."""
 
-    also_positive: names of numbers that this experiment alone has, and that must be above 0.
-    """
+    text: str
+    low: float
+    high: float
+
+    def holds(self, value) -> bool:
+        return value is None or self.low <= value <= self.high
+
+
+def limited(kind, text: str, low: float, high: float):
+    """The type of a constant with a range, which --help shows behind the constant's name."""
+    return Annotated[kind, Range(text, low, high), tyro.conf.arg(metavar=text)]
+
+
+MOST = 2**63 - 1  # what torch takes as a seed
+LARGEST = sys.float_info.max  # below inf
+PositiveInt = limited(int, "INT>=1", 1, MOST)
+NonNegativeInt = limited(int, "INT>=0", 0, MOST)
+OptionalInt = limited(int | None, "INT>=0", 0, MOST)
+PositiveFloat = limited(float, "FLOAT>0", sys.float_info.min, LARGEST)
+NonNegativeFloat = limited(float, "FLOAT>=0", 0, LARGEST)
+Share = limited(float, "0..1", 0, 1)
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_config(config) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        for limits in get_args(hint)[1:]:
+            if isinstance(limits, Range) and not limits.holds(value):
+                fail(f"{flag_of(name)} {value}: must be in the range {limits.text}")
+        if isinstance(value, str) and not is_unicode(value):
+            fail(f"{flag_of(name)} {value!r}: is not valid UTF-8")
+    check_run_name(config.run_name)
     group_size = config.group_size
     batch = config.train_batch_size
     completions = config.rollouts_per_step * group_size
     if group_size < 2:
         fail(f"--group-size {group_size}: a completion is compared with its group; take at least 2")
-    if batch < 1 or batch % group_size or completions % batch:
+    if batch % group_size or completions % batch:
         wanted = f"a multiple of --group-size {group_size} that divides"
         wanted += f" --rollouts-per-step x --group-size = {completions}"
         fail(f"--train-batch-size {batch}: must be {wanted}")
     if config.load_in_4bit and not config.lora_rank:
         fail("--load-in-4bit: 4-bit weights cannot be trained; add --lora-rank 16")
-    if config.wandb and importlib.util.find_spec("wandb") is None:
+    if config.attention == "flash_attention_2" and not is_installed("flash_attn"):
+        fail("--attention flash_attention_2: the package is missing; pip install flash-attn")
+    if config.wandb and not is_installed("wandb"):
         fail("--wandb: the package is missing; pip install wandb")
     if config.sample_rows < group_size:
         fail(f"--sample-rows {config.sample_rows}: must hold one group, --group-size {group_size}")
-    if config.max_steps is not None and config.max_steps < 0:
-        fail(f"--max-steps {config.max_steps}: must be 0 or more")
-    for name in POSITIVE + also_positive:
-        if getattr(config, name) <= 0:
-            fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
 
 
-# ---------------------------------------------------------------- data
-def read_rows(path: str, split: str) -> list[tuple[str, dict]]:
-    """(where, row), as ("tasks.jsonl, line 3", {...}), of a data file or of a hub data set."""
-    name, _, subset = path.partition(":")
-    where = path
-    rows = []
-    try:
-        if not path.endswith(DATA_SUFFIXES):
-            import datasets
-
-            loaded = datasets.load_dataset(name, subset or None, split=split)
-            rows = [(f"{path}, {split} row {i}", row) for i, row in enumerate(loaded, 1)]
-        elif path.endswith(".parquet"):
-            table = pyarrow.parquet.read_table(path).to_pylist()
-            rows = [(f"{path}, row {i}", row) for i, row in enumerate(table, 1)]
-        elif path.endswith(".json"):
-            rows = list(read_json_list(path, Path(path).read_text("utf-8")))
-        else:
-            for i, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1):
-                where = f"{path}, line {i}"
-                if line.strip():
-                    rows.append((where, json.loads(line)))
-    except Exception as error:  # json's, Arrow's and the hub's errors share no base class
-        hint = "; files end in .jsonl, .json or .parquet, else it is a hub id"
-        if path.endswith(DATA_SUFFIXES):
-            hint = ""
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(f"{where}: cannot be read{hint}: {reason}")
-    for where, row in rows:
-        if not isinstance(row, dict):
-            fail(f"{where}: expected an object with fields, found {type(row).__name__}")
-    return rows
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
-def read_json_list(path: str, text: str):
-    """(where, element) for each element of a list in JSON."""
-    elements = json.loads(text)
-    if not isinstance(elements, list):
-        fail(f"{path}: expected a list of objects")
-    decoder = json.JSONDecoder()
-    line = 1
-    start = 0
-    end = text.find("[") + 1
-    for element in elements:
-        before = start
-        start = re.compile(r"[\s,]*").match(text, end).end()
-        line += text.count("\n", before, start)
-        yield f"{path}, line {line}", element
-        end = decoder.raw_decode(text, start)[1]
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: half of a surrogate pair cannot."""
+    return not re.search("[\ud800-\udfff]", text)
 
 
-def read_train_and_eval_rows(data_path: str, eval_data_path: str | None):
-    """(training rows, held-out rows) as `read_rows` gives them.
+def check_run_name(name: str | None) -> None:
+    """A run's name is the name of its directories: no path, and not too long for one."""
+    if name is None:
+        return
+    is_plain = re.fullmatch(r"\w[\w .,=+-]*", name) and ".." not in name
+    if not is_plain or len(name.encode()) > RUN_NAME_BYTES:
+        allowed = "letters, digits, spaces and _ - . , = +, beginning with a letter, digit or _"
+        wanted = f"at most {RUN_NAME_BYTES} bytes of {allowed}, without '..'"
+        fail(f"--run-name {name[:50]!r}: must be {wanted}")
 
-    Held out is, in this order: `eval_data_path`; the file <name>_eval.<suffix> beside a local
-    file; a hub data set's `test` split; the last 10 % of the rows, at most 512.
-    """
-    rows = read_rows(data_path, "train")
-    stem, suffix = os.path.splitext(data_path)
-    beside = f"{stem}_eval{suffix}"
-    if eval_data_path or os.path.isfile(beside):
-        return rows, read_rows(eval_data_path or beside, "test")
-    if suffix not in DATA_SUFFIXES:
-        import datasets
 
-        name, _, subset = data_path.partition(":")
-        if "test" in datasets.get_dataset_split_names(name, subset or None):
-            return rows, read_rows(data_path, "test")
-    held_out = min(512, max(1, len(rows) // 10))
-    return rows[:-held_out], rows[-held_out:]
+def is_due(step: int, interval: int) -> bool:
+    """Whether something that is done every `interval` steps is done in this one; 0: never."""
+    return interval > 0 and step % interval == 0
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -175,37 +167,79 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def find_checkpoint(config, experiment: str) -> tuple[Path, dict]:
-    """(the newest checkpoint, what training needs of it beside the weights).
-
-    Of the named run, else of the experiment's newest run. Refuses one that this config does not
-    continue.
-    """
+def find_run(config, experiment: str) -> Path:
+    """The directory of the run to resume: the named one, else the one that was started last."""
     folder = Path(config.checkpoint_path) / experiment
     runs = [folder / config.run_name] if config.run_name else folder.glob("*")
-    found = [checkpoints_of(run)[-1] for run in runs if checkpoints_of(run)]
-    if not found:
+    runs = [run for run in runs if is_run(run)]
+    if not runs:
         place = folder / (config.run_name or "*")
-        fail(f"--resume: no checkpoint under {place}; start a run without --resume")
-    checkpoint = max(found, key=lambda path: (path / "trainer.pt").stat().st_mtime_ns)
+        fail(f"--resume: no run under {place}; start one without --resume")
+    return max(runs, key=lambda run: read_start(run)[0])
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run can be resumed from this directory."""
+    return (folder / "run.json").is_file() or bool(checkpoints_of(folder))
+
+
+def read_start(run: Path) -> tuple[float, dict]:
+    """(when a run was started or resumed last, with which config), from its run.json."""
+    path = run / "run.json"
+    if not path.is_file():
+        return 0.0, {}
     try:
-        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        advice = "delete this directory to resume from the one before it"
-        fail(f"{checkpoint}: cannot be read ({error}); {advice}")
-    now = {name: str(value) for name, value in asdict(config).items()}
+        content = json.loads(path.read_text())
+        return float(content["started"]), dict(content["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{path}: cannot be read ({error}); delete it to resume from the newest checkpoint")
+
+
+def find_checkpoint(run: Path, config) -> tuple[Path | None, dict, bool]:
+    """(its newest checkpoint, what `save` kept beside the weights, whether the config has changed
+    in what is trained).
+
+    None where the run was stopped before its first checkpoint: it begins again. A run that this
+    config cannot continue is refused.
+    """
+    checkpoint = None
+    state = {"step": 0, "config": read_start(run)[1]}
+    if checkpoints_of(run):
+        checkpoint = checkpoints_of(run)[-1]
+        try:
+            state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+        except Exception as error:
+            advice = "delete this directory to resume from the one before it"
+            fail(f"{checkpoint}: cannot be read ({error}); {advice}")
+    now = config_texts(config)
     before = state["config"]
     changed = [name for name in before if name in now and now[name] != before[name]]
+    another = "--run-name names another one to resume"
     for name in FIXED:
         if name in changed:
-            flag = f"--{name.replace('_', '-')} {before[name]}"
-            advice = "pass that, or start a new run"
-            fail(f"--resume: {checkpoint.parent} was made with {flag}, not {now[name]}; {advice}")
-    print(f"resuming run {checkpoint.parent.name} from {checkpoint}")
+            made_with = f"was made with {flag_of(name)} {before[name]}, not {now[name]}"
+            advice = f"pass that, or start a new run; {another}"
+            fail(f"--resume: run {run.name} {made_with}; {advice}")
+    if checkpoint:
+        print(f"resuming run {run.name} from {checkpoint}; {another}")
+    else:
+        print(f"run {run.name} was stopped before its first checkpoint: it begins again; {another}")
     for name in sorted(changed):
         if name not in ("resume", "run_name"):
             print(f"  {name} is now {now[name]}, was {before[name]}")
-    return checkpoint, state
+    return checkpoint, state, not set(changed) <= set(HARMLESS)
+
+
+def config_texts(config) -> dict[str, str]:
+    """The config as it is kept with a run."""
+    return {name: str(value) for name, value in asdict(config).items()}
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file under another name and rename it, so that it is whole or as it was."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
 
 
 # ---------------------------------------------------------------- a run
@@ -213,94 +247,128 @@ class Run:
     """The directories, logs, checkpoints and warnings of one run, and the wish to stop it."""
 
     def __init__(self, config, experiment: str) -> None:
-        """Find the checkpoint to resume from, or begin a run that must not exist yet.
+        """Find the run to resume and its checkpoint, or begin a run that must not exist yet.
 
         Writes nothing; `open` does.
         """
+        self.settings = config
+        self.config = config_texts(config)
         self.last_checkpoint = None
         self.state = {"step": 0}  # what `save` has kept, for a resumed run
+        self.is_changed = False  # whether a resumed run goes on as another training
         if config.resume:
-            self.last_checkpoint, self.state = find_checkpoint(config, experiment)
-            self.name = self.last_checkpoint.parent.name
+            run = find_run(config, experiment)
+            self.name = run.name
+            self.last_checkpoint, self.state, self.is_changed = find_checkpoint(run, config)
         else:
             self.name = config.run_name or time.strftime(f"{experiment}_%Y%m%d-%H%M%S")
         self.log_dir = Path(config.log_dir) / self.name
         self.checkpoint_dir = Path(config.checkpoint_path) / experiment / self.name
-        self.config = {name: str(value) for name, value in asdict(config).items()}
+        self.bar = None
         self.stop_requested = False
         self.reported = set()  # what could not be written, so that it is said once
-        self.skipped_in_a_row = 0  # updates without a finite gradient
-        self.without_spread = 0  # steps in a row in which no group had spread
-        self.nothing_learnt = ""  # what was seen in the last of them
-        if config.max_steps != 0 and not config.resume:
-            if self.log_dir.exists() or self.checkpoint_dir.exists():
-                advice = "continue it with --resume, or choose another --run-name"
-                fail(f"run {self.name} exists: {advice}")
+        self.skipped_in_a_row = self.state.get("skipped_in_a_row", 0)  # see check_updates
+        self.without_spread = self.state.get("without_spread", 0)  # see watch
+        self.nothing_learnt = ""  # what was seen in the last step without spread
+        if config.max_steps == 0:
+            return
+        self.check_is_new()
         self.check_folder("--log-dir", config.log_dir)
         self.check_folder("--checkpoint-path", config.checkpoint_path)
+
+    def check_is_new(self) -> None:
+        """Refuse the name of a run that exists."""
+        for folder in (self.checkpoint_dir, self.log_dir):
+            if folder.exists() and not self.settings.resume:
+                advice = "choose another --run-name"
+                if is_run(self.checkpoint_dir):
+                    advice = f"continue it with --resume, or {advice}"
+                fail(f"run {self.name} exists ({folder}): {advice}")
 
     def check_folder(self, flag: str, path: str) -> None:
         """Refuse a log directory that cannot be written to; warn of such a checkpoint path."""
         folder = Path(path).absolute()
-        while not folder.exists():
-            folder = folder.parent
-        if folder.is_dir() and os.access(folder, os.W_OK):
-            return
-        message = f"{flag} {path}: {folder} cannot be written to"
+        try:
+            while not folder.exists():
+                folder = folder.parent
+            with tempfile.TemporaryDirectory(dir=folder):
+                return
+        except OSError as error:
+            message = f"{flag} {path}: {folder} cannot be written to ({error.strerror})"
         if flag == "--log-dir":
             fail(message)
         print(f"warning: {message}; nothing will be saved", flush=True)
 
-    def open(self, config, evaluation: dict) -> None:
-        """Begin to write; all that could be refused has been. evaluation: before the first step."""
+    def open(self) -> None:
+        """Begin to write; from here on the run can be resumed. Does nothing with --max-steps 0."""
+        if self.settings.max_steps == 0:
+            return
+        content = {"started": time.time(), "config": self.config}
+        with self.writing("run.json"):
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            if self.is_changed and self.last_checkpoint:
+                (self.last_checkpoint / "keep").touch()  # it is what the earlier training came to
+            write_aside(self.checkpoint_dir / "run.json", json.dumps(content, indent=1))
+        with self.writing("metrics.jsonl"):
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+            self.cut_metrics()
+        signal.signal(signal.SIGINT, self.on_signal)
+        signal.signal(signal.SIGTERM, self.on_signal)  # of Slurm, docker stop, spot machines
+
+    def start(self, evaluation: dict) -> None:
+        """Training begins, or goes on. evaluation: of the policy as it is now."""
         from torch.utils.tensorboard import SummaryWriter
 
-        first_step = self.state["step"] + 1 if config.resume else 0
-        self.start = time.time() - self.state.get("elapsed_seconds", 0)
-        self.before = self.state.get("before", evaluation)
+        step = self.state["step"]
+        self.began = time.time() - self.state.get("elapsed_seconds", 0)
+        self.before = self.state.get("before", evaluation)  # training began with this
         self.evaluation = evaluation
-        self.bar = None
-        self.log_dir.mkdir(parents=True, exist_ok=True)
-        self.cut_metrics(first_step)
+        first_step = step + 1 if step else 0
         self.tensorboard = SummaryWriter(str(self.log_dir), purge_step=first_step)
         settings = "\n\n".join(f"{name}: {value}" for name, value in self.config.items())
         self.tensorboard.add_text("config", settings, first_step)
         self.wandb = None
-        if config.wandb:
+        if self.settings.wandb:
             import wandb
 
-            project = config.wandb_project
+            project = self.settings.wandb_project
             self.wandb = wandb.init(project=project, name=self.name, config=self.config)
-        signal.signal(signal.SIGINT, self.on_interrupt)
-        if not config.resume:
+        if step == 0:
             self.log(0, evaluation)
 
     def steps(self, last_step: int):
         """The numbers of the steps that are left, with a progress bar."""
         done = self.state["step"]
+        if done >= last_step:
+            advice = "a higher --max-steps or --epochs goes on"
+            print(f"nothing is left: {done} of {last_step} steps are done; {advice}")
         self.bar = tqdm(range(done + 1, last_step + 1), initial=done, total=last_step)
         yield from self.bar
 
     def elapsed_seconds(self) -> float:
         """Since training began, over all its resumed parts."""
-        return time.time() - self.start
+        return time.time() - self.began
 
-    def on_interrupt(self, *_) -> None:
-        """Ctrl-C: finish the step and save. A second one ends the program at once."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def on_signal(self, number: int, _) -> None:
+        """Ctrl-C or SIGTERM: finish the step and save. A second one ends the program at once."""
+        if self.bar is None or self.stop_requested:
+            saved = self.last_checkpoint or "none; --resume begins this run again"
+            sys.exit(f"\nstopped; last checkpoint: {saved}")
         self.stop_requested = True
-        print("\nstopping after this step; Ctrl-C again stops at once", flush=True)
+        name = signal.Signals(number).name
+        message = "this step is finished and saved; a second signal stops at once"
+        print(f"\n{name}: {message}", flush=True)
 
-    def cut_metrics(self, first_step: int) -> None:
-        """Drop the lines from `first_step` on, and a last line that a kill cut off."""
+    def cut_metrics(self) -> None:
+        """Drop the lines of steps that are done again, and a last line that a kill cut off."""
         path = self.log_dir / "metrics.jsonl"
+        step = self.state["step"]
         kept = []
-        if path.exists():
+        if path.exists() and step:
             for line in path.read_text().splitlines(keepends=True):
-                if line.endswith("}\n") and json.loads(line)["step"] < first_step:
+                if line.endswith("}\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
-        path.with_suffix(".tmp").write_text("".join(kept))
-        os.replace(path.with_suffix(".tmp"), path)
+        write_aside(path, "".join(kept))
 
     @contextmanager
     def writing(self, what: str):
@@ -372,7 +440,13 @@ class Run:
         """
         final = self.checkpoint_dir / f"step_{step:06d}"
         aside = self.checkpoint_dir / "writing"
-        state = {"before": self.before, "elapsed_seconds": self.elapsed_seconds(), **state}
+        state = {
+            "before": self.before,
+            "elapsed_seconds": self.elapsed_seconds(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "without_spread": self.without_spread,
+            **state,
+        }
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -388,7 +462,8 @@ class Run:
             return
         self.last_checkpoint = final
         for old in checkpoints_of(self.checkpoint_dir)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
+            if not (old / "keep").exists():
+                shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:
         """End the logs and say what came out of the run and where it lies."""

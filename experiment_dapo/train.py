@@ -27,12 +27,20 @@ import random
 import re
 import time
 from dataclasses import asdict, dataclass, replace
-from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
+from data import (
+    choose_rows,
+    is_same_number,
+    last_number,
+    number_of,
+    parse_number,
+    read_train_and_eval_rows,
+    text_of,
+)
 from loss import GRPOLoss, loss_metrics
 from model import (
     as_reference,
@@ -46,15 +54,22 @@ from model import (
     optimizer_step,
     out_of_memory_names,
     peak_memory,
+    render_prompt,
     resolve,
     unwrap,
 )
 from replay_buffer import Experience, MicroBatch, ReplayBuffer
 from run import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptionalInt,
+    PositiveFloat,
+    PositiveInt,
     Run,
+    Share,
     check_config,
     fail,
-    read_train_and_eval_rows,
+    is_due,
     rollout_metrics,
     show_completion,
     speed_metrics,
@@ -80,19 +95,19 @@ class Config:
     # The project at Weights & Biases.
     wandb_project: str = "grpo"
     # Decides the prompts' order, the samples and LoRA's first weights.
-    seed: int = 42
+    seed: NonNegativeInt = 42
     # Which CUDA device. Default: the first, else Apple's, else the CPU.
-    device_index: int | None = None
+    device_index: OptionalInt = None
     # Holds <experiment>/<run-name>/step_000020.
     checkpoint_path: str = "./output"
-    # Steps between checkpoints. Higher: fewer writes, more to lose. The last step has one too.
-    checkpoint_interval: int = 20
-    # Continue the named run, else this experiment's newest.
+    # Steps between checkpoints. Higher: fewer writes, more to lose. 0: only the last step has one.
+    checkpoint_interval: NonNegativeInt = 20
+    # Continue the named run, else the one of this experiment that was started last.
     resume: bool = False
-    # Steps between evaluations. Higher: faster. There is one before the first step and at the end.
-    eval_interval: int = 10
-    # Steps between completions that are printed in full.
-    log_completions_interval: int = 10
+    # Steps between evaluations. Higher: faster. 0: only before the first step and after the last.
+    eval_interval: NonNegativeInt = 10
+    # Steps between completions that are printed in full. 0: none.
+    log_completions_interval: NonNegativeInt = 10
     # A small run to see that all works: at most 100 prompts and 100 steps, a checkpoint every 50.
     test: bool = False
 
@@ -106,7 +121,7 @@ class Config:
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     # Rank of adapters on all linear layers. Higher: can learn more, takes more memory. 0 trains
     # every weight of the model instead.
-    lora_rank: int = 0
+    lora_rank: NonNegativeInt = 0
     # Frozen weights in nf4 (needs LoRA): a quarter of their memory, a little slower.
     load_in_4bit: bool = False
     # Much less memory in training, for a third more time.
@@ -128,69 +143,71 @@ class Config:
         "then give the final number inside <answer> </answer>."
     )
     # Training prompts, from the start of the file.
-    max_prompts: int = 1024
+    max_prompts: PositiveInt = 1024
     # Held-out prompts. Higher: a steadier figure, and slower evaluations.
-    max_eval_prompts: int = 512
+    max_eval_prompts: PositiveInt = 512
     # Rows with more num_terms are left out. This and the next two concern rows with such fields.
-    max_terms: int = 3
+    max_terms: NonNegativeInt = 3
     # Rows with more num_digits are left out.
-    max_digits: int = 2
+    max_digits: NonNegativeInt = 2
     # Rows with other operators are left out.
     operators: str = "+-"
 
     # ---- sampling
 
-    # Completions of a prompt. Higher: a better baseline, and more sampling.
-    group_size: int = 8
+    # Completions of a prompt, at least 2. Higher: a better baseline, and more sampling.
+    group_size: PositiveInt = 8
     # Prompts of a step, after dynamic sampling. Higher: a less noisy gradient, longer steps.
-    rollouts_per_step: int = 16
+    rollouts_per_step: PositiveInt = 16
     # Rounds of dynamic sampling. Higher: fuller batches where the policy is nearly always right,
     # and more sampling. 1 drops the groups that teach nothing and replaces none.
-    max_sampling_rounds: int = 10
+    max_sampling_rounds: PositiveInt = 10
     # Higher: more varied completions. Every log-prob of the loss is taken at this temperature.
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     # Tokens of prompt and completion together.
-    max_length: int = 512
+    max_length: PositiveInt = 512
     # Tokens of a completion. Higher: fewer are cut off, and sampling takes longer.
-    max_new_tokens: int = 64
+    max_new_tokens: PositiveInt = 64
     # Completions sampled at once. Higher: faster, more memory. Draws other random numbers.
-    sample_rows: int = 256
+    sample_rows: PositiveInt = 256
 
     # ---- the update
 
     # Stop after this many; 0 only evaluates.
-    max_steps: int | None = None
+    max_steps: OptionalInt = None
     # Passes over the prompts.
-    epochs: int = 1
+    epochs: PositiveInt = 1
     # Passes over a step's completions. Higher: more updates from the same samples, further
     # off-policy.
-    epochs_per_step: int = 1
+    epochs_per_step: PositiveInt = 1
     # Completions of an update. Lower: more updates a step; all but the first are off-policy, and
     # there the clip matters.
-    train_batch_size: int = 64
+    train_batch_size: PositiveInt = 64
     # Tokens forwarded at once, padding included; a longer row goes alone. Higher: more memory, and
     # faster on a GPU, where real models take 4096. Changes the gradient by rounding only.
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: PositiveInt = 1024
     # adamw8bit keeps its state in 8 bits (bitsandbytes).
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     # Learning rate of the embedded policy. Real models: 1e-6 for all weights, 1e-5 with LoRA.
-    lr: float = 5e-5
-    # A longer gradient is scaled down to this norm. Higher: that happens less often.
-    max_norm: float = 1.0
+    lr: NonNegativeFloat = 5e-5
+    # A longer gradient is scaled down to this norm. Higher: that happens less often. 0: never.
+    max_norm: NonNegativeFloat = 1.0
     # A token with a negative advantage is pushed down no further once its probability is below
     # its old one times 1 - clip_eps_low. Higher: larger moves within a step.
-    clip_eps_low: float = 0.2
+    clip_eps_low: Share = 0.2
     # One with a positive advantage is pushed up no further once above 1 + clip_eps_high times it.
-    clip_eps_high: float = 0.28
+    clip_eps_high: NonNegativeFloat = 0.28
     # Weight of the KL to the policy that training began with. Higher: stays closer. 0 needs no
     # reference.
-    kl_weight: float = 0.0
+    kl_weight: NonNegativeFloat = 0.0
     # How tokens are averaged, see token_weights in loss.py.
     critic_type: Literal["grpo", "drgrpo", "dapo"] = "dapo"
+    # How far off a number may be, relative to the right one. At least 1e-6 where it is no integer.
+    answer_tolerance: NonNegativeFloat = 0.0
     # Reward of the right form. A right answer earns 1.
-    format_weight: float = 0.1
+    format_weight: NonNegativeFloat = 0.1
     # Share of max_new_tokens, at its end, in which length costs reward. 0: none.
-    overlong_cache: float = 0.2
+    overlong_cache: Share = 0.2
     # Keep completions that the token budget ended out of the loss.
     overlong_filter: bool = True
 
@@ -210,45 +227,32 @@ class Prompt:
 def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, held-out prompts), checked, rendered by the chat template, tokenised."""
     rows, eval_rows = read_train_and_eval_rows(config.data_path, config.eval_data_path)
-    rows = [(where, row) for where, row in rows if is_selected(row, config)]
-    rows = rows[: config.max_prompts]
-    eval_rows = eval_rows[: config.max_eval_prompts]
-    if len(rows) < config.rollouts_per_step or not eval_rows:
-        counts = f"{len(rows)} prompts selected, {len(eval_rows)} held out (--eval-data-path)"
-        needed = f"--rollouts-per-step is {config.rollouts_per_step}"
-        fail(f"{config.data_path}: {counts}; {needed}")
+    rows, eval_rows = choose_rows(rows, eval_rows, config, left_out_by)
     prompts = [make_prompt(where, row, config, tokenizer) for where, row in rows]
     eval_prompts = [make_prompt(where, row, config, tokenizer) for where, row in eval_rows]
     return prompts, eval_prompts
 
 
-def is_selected(row: dict, config: Config) -> bool:
-    return (
-        row.get("num_terms", 0) <= config.max_terms
-        and row.get("num_digits", 0) <= config.max_digits
-        and set(row.get("operators", "")) <= set(config.operators)
-    )
+def left_out_by(where: str, row: dict, config: Config) -> str:
+    """The flag that leaves a row out; "" where it is selected."""
+    if number_of(where, row, "num_terms", 0) > config.max_terms:
+        return "--max-terms"
+    if number_of(where, row, "num_digits", 0) > config.max_digits:
+        return "--max-digits"
+    if not set(str(row.get("operators", ""))) <= set(config.operators):
+        return "--operators"
+    return ""
 
 
 def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
     """The prompt of a row. `where` is its file and line, for error texts."""
-    for field in (config.question_field, config.answer_field):
-        if not isinstance(row.get(field), (str, int, float)) or not str(row[field]).strip():
-            flags = "--question-field and --answer-field name the fields"
-            fail(f"{where}: field {field!r} is missing or empty; {flags}")
-    answer = str(row[config.answer_field]).split("####")[-1].strip()
+    question = text_of(where, row, "--question-field", config.question_field)
+    answer = text_of(where, row, "--answer-field", config.answer_field)
+    answer = answer.split("####")[-1].strip()
     if parse_number(answer) is None:
         fail(f"{where}: field {config.answer_field!r} must be a number, is {answer[:50]!r}")
 
-    messages = [
-        {"role": "system", "content": config.system_prompt},
-        {"role": "user", "content": str(row[config.question_field])},
-    ]
-    # Llama's template would print today's date, and a run could not be repeated.
-    date = {"date_string": "26 Jul 2024"}
-    text = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False, **date
-    )
+    text = render_prompt(tokenizer, config.system_prompt, question)
     # The template has written BOS already, where the model has one.
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) + config.max_new_tokens > config.max_length:
@@ -276,29 +280,16 @@ def make_generator(device, *key) -> torch.Generator:
 
 
 # ---------------------------------------------------------------- reward
-NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
 FORM = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
 
 
-def parse_number(text: str) -> Decimal | None:
-    """The value of a text that is a number and nothing else.
-
-    " $1,234.50." is 1234.5; "12 apples" is None.
-    """
-    text = text.strip().removesuffix(".").replace("\N{MINUS SIGN}", "-")
-    sign = "-" if text.startswith("-") else ""
-    text = text.removeprefix("-").strip().removeprefix("$").strip()
-    if len(text) > 50 or not re.fullmatch(NUMBER, text):
-        return None
-    return Decimal(sign + text.replace(",", ""))
-
-
-def accuracy_reward(completion: str, answer: str) -> float:
+def accuracy_reward(completion: str, answer: str, tolerance: float = 0.0) -> float:
     """1 where the text of the completion's last <answer> ... </answer> is the right number."""
     _, opened, rest = completion.rpartition("<answer>")
     given, closed, _ = rest.partition("</answer>")
-    is_right = opened and closed and parse_number(given) == parse_number(answer)
-    return 1.0 if is_right else 0.0
+    if not (opened and closed):
+        return 0.0
+    return float(is_same_number(given, answer, tolerance))
 
 
 def format_reward(completion: str) -> float:
@@ -309,10 +300,11 @@ def format_reward(completion: str) -> float:
     return 1.0 if re.fullmatch(FORM, completion, re.DOTALL) else 0.0
 
 
-def is_lenient_match(completion: str, answer: str) -> bool:
-    """Whether the last number of the completion is right, whatever stands around it."""
-    numbers = re.findall(r"(?<![0-9])-?" + NUMBER + "(?![0-9])", completion[-1000:])
-    return bool(numbers) and parse_number(numbers[-1]) == parse_number(answer)
+def is_lenient_match(completion: str, answer: str, tolerance: float = 0.0) -> bool:
+    """Whether it is rewarded, or the last number is right, whatever stands around it."""
+    if accuracy_reward(completion, answer, tolerance):
+        return True
+    return is_same_number(last_number(completion), answer, tolerance)
 
 
 def reward(experience: Experience, config: Config) -> dict[str, torch.Tensor]:
@@ -320,7 +312,7 @@ def reward(experience: Experience, config: Config) -> dict[str, torch.Tensor]:
     accuracy = []
     form = []
     for completion in experience.completions:
-        accuracy.append(accuracy_reward(completion, experience.answer))
+        accuracy.append(accuracy_reward(completion, experience.answer, config.answer_tolerance))
         form.append(format_reward(completion))
     return {
         "reward_accuracy": torch.tensor(accuracy),
@@ -501,9 +493,9 @@ def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config) -> dict[s
     right = 0
     right_leniently = 0
     for experience in rollout(policy, tokenizer, prompts, 1, config):
-        completion = experience.completions[0]
-        right += accuracy_reward(completion, experience.answer)
-        right_leniently += is_lenient_match(completion, experience.answer)
+        judged = (experience.completions[0], experience.answer, config.answer_tolerance)
+        right += accuracy_reward(*judged)
+        right_leniently += is_lenient_match(*judged)
     return {
         "eval_accuracy": right / len(prompts),
         "eval_accuracy_lenient": right_leniently / len(prompts),
@@ -513,20 +505,21 @@ def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config) -> dict[s
 
 # ---------------------------------------------------------------- main
 def main(config: Config) -> None:
-    check_config(config, also_positive=("max_sampling_rounds",))
+    check_config(config)
     config, device = resolve(config)
     for name, value in asdict(config).items():
         print(f"{name}: {value}")
-    tokenizer = load_tokenizer(config.model_name)
+    tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
     run = Run(config, EXPERIMENT)
     policy, reference = load_model(config, device, run.last_checkpoint)
+    run.open()  # from here on it can be resumed
     evaluation = evaluate(policy, tokenizer, eval_prompts, config)
     print("held out:", evaluation)
     if config.max_steps == 0:
         return
 
-    run.open(config, evaluation)
+    run.start(evaluation)
     optimizer = make_optimizer(policy, config, run.state.get("optimizer"))
     scaler = make_scaler(config, device, run.state.get("scaler"))
     objective = GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
@@ -589,14 +582,15 @@ def main(config: Config) -> None:
             "peak_memory": peak_memory(device),
         }
         objective.token_sums.clear()
-        is_last = step == last_step or cursor == last_cursor or run.stop_requested
-        if is_last or step % config.eval_interval == 0:
+        is_last = step == last_step or cursor == last_cursor
+        if is_last or is_due(step, config.eval_interval):
             metrics |= evaluate(policy, tokenizer, eval_prompts, config)
         shown = None
-        if step % config.log_completions_interval == 0:
+        if is_due(step, config.log_completions_interval):
             shown = show_completion(experiences[0], tokenizer)
         run.log(step, metrics, shown)
-        if is_last or step % config.checkpoint_interval == 0:
+        is_last = is_last or run.stop_requested  # by Ctrl-C or SIGTERM
+        if is_last or is_due(step, config.checkpoint_interval):
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             state["prompt_cursor"] = cursor
             run.save(step, policy, tokenizer, state)

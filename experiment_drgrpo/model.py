@@ -6,6 +6,7 @@ reference in `load_model`.
 
 import math
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +30,39 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # the training has one, and it is enough
+# PEFT 0.21 asks by a name that transformers 5.23 has replaced.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
 
 # cuDNN's attention gives NaN gradients for some masks (pytorch#196678), and it makes a new plan for
 # every length of the KV cache, that is for every sampled token.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
+# Llama's template would print today's date, and a run could not be repeated.
+DATE = {"date_string": "26 Jul 2024"}
+# What transformers, PEFT and safetensors raise where a model cannot be loaded.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
 TEST_AT_MOST = {"max_prompts": 100, "max_eval_prompts": 100, "max_steps": 100}
 TEST_CHECKPOINT_INTERVAL = 50
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of its matrix library's own memory, or of the machine."""
+    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(text in str(error) for text in texts)
+
+
+@contextmanager
+def out_of_memory_names(constant: str):
+    """Where memory runs out, end the program with a line that names the constant to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            first_line = str(error).splitlines()[:1]
+            untouched = "the last checkpoint is untouched"
+            fail(f"out of memory: lower {constant}; {untouched} ({first_line})")
+        raise
 
 
 def resolve(config):
@@ -43,7 +70,10 @@ def resolve(config):
 
     `precision` auto becomes what that device is good at; --test makes the run small.
     """
-    if torch.cuda.is_available():
+    has_cuda = torch.cuda.is_available()
+    if config.device_index is not None and not has_cuda:
+        fail(f"--device-index {config.device_index}: this machine has no CUDA device")
+    if has_cuda:
         count = torch.cuda.device_count()
         index = config.device_index or 0
         if index >= count:
@@ -56,6 +86,11 @@ def resolve(config):
     changes = {}
     if config.precision == "auto":
         changes["precision"] = precision
+    if config.attention == "flash_attention_2":
+        if not has_cuda:
+            fail("--attention flash_attention_2: needs a CUDA device; take sdpa")
+        if changes.get("precision", config.precision) == "float32":
+            fail("--attention flash_attention_2: needs --precision bfloat16 or float16")
     if config.test:
         for name, most in TEST_AT_MOST.items():
             value = getattr(config, name)
@@ -82,45 +117,109 @@ def load_pretrained(name: str, config, device: torch.device, trainable: bool):
     half = getattr(torch, config.precision)
     double = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": half}
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **double)
+    model_config = load_model_config(name)
+    for key, value in model_config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(model_config, key, 0.0)
     try:
-        model_config = AutoConfig.from_pretrained(name)
-        for key, value in model_config.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(model_config, key, 0.0)
-        for key in ("logit_scale", "logits_scaling"):  # Cohere, Granite
-            if getattr(model_config.get_text_config(), key, None) not in (None, 1, 1.0):
-                reason = f"models that scale their logits ({key}) are not supported"
-                fail(f"--model-name {name}: {reason}")
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,
             dtype=torch.float32 if trainable else half,
             attn_implementation=choose_attention(config, model_config),
             quantization_config=nf4 if config.load_in_4bit else None,
             device_map={"": device},
+            output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         fail_to_load(name, error)
+    check_weights(name, model, report["missing_keys"])
+    if device.type == "cpu":
+        align_weights(model)
+    return model
 
 
-def load_tokenizer(name: str):
-    """The model's tokenizer; an adapter that was saved without one has that of its base model."""
-    is_adapter = (Path(name) / "adapter_config.json").is_file()
-    if is_adapter and not (Path(name) / "tokenizer_config.json").is_file():
-        name = PeftConfig.from_pretrained(name).base_model_name_or_path
+def load_model_config(name: str):
+    """The config of a model, where it is a causal LM that the loss can be taken of."""
+    try:
+        model_config = AutoConfig.from_pretrained(name)
+    except LOADING_ERRORS as error:
+        fail_to_load(name, error)
+    architectures = model_config.architectures or []
+    heads = ("CausalLM", "LMHead", "ConditionalGeneration")
+    is_causal = not architectures or any(head in architectures[0] for head in heads)
+    if not is_causal or getattr(model_config, "is_encoder_decoder", False):
+        fail(f"--model-name {name}: {architectures} is no causal language model")
+    for key in ("logit_scale", "logits_scaling"):  # Cohere, Granite
+        if getattr(model_config.get_text_config(), key, None) not in (None, 1, 1.0):
+            reason = f"models that scale their logits ({key}) are not supported"
+            fail(f"--model-name {name}: {reason}")
+    return model_config
+
+
+def check_weights(name: str, model, missing_keys) -> None:
+    """Refuse a model that lacks weights, which would be random, or that holds NaN or infinity."""
+    if missing_keys:
+        some = ", ".join(sorted(missing_keys)[:3])
+        fail(f"--model-name {name}: {len(missing_keys)} weights are missing, such as {some}")
+    for key, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            fail(f"--model-name {name}: the weight {key} holds NaN or infinity")
+
+
+def align_weights(model) -> None:
+    """Give every weight memory of its own, at an address that allocators choose.
+
+    A float32 weight may lie in the mapped file, at any address. Matrix products round otherwise
+    there, and a run that is resumed from its own checkpoint would leave the uninterrupted one.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def load_tokenizer(config):
+    """The model's tokenizer, which must fit its model and have a chat template.
+
+    An adapter that was saved without one has that of its base model.
+    """
+    name = config.model_name
+    base = base_model_of(name)
+    if base != name and not (Path(name) / "tokenizer_config.json").is_file():
+        name = base
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         fail_to_load(name, error)
     if not tokenizer.chat_template:
         advice = "take an instruction-tuned (-Instruct) model"
-        fail(f"{name}: its tokenizer has no chat template; {advice}")
-    messages = [{"role": "system", "content": "."}, {"role": "user", "content": "."}]
-    try:
-        tokenizer.apply_chat_template(messages, tokenize=False)
-    except jinja2.TemplateError as error:
-        fail(f"{name}: its chat template takes no system message ({error})")
+        fail(f"--model-name {name}: its tokenizer has no chat template; {advice}")
+    text_config = load_model_config(base).get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or math.inf
+    if config.max_length > positions:
+        fail(f"--max-length {config.max_length}: {base} has {positions} positions; take fewer")
+    if len(tokenizer) > text_config.vocab_size:
+        sizes = f"has {len(tokenizer)} tokens, its model only {text_config.vocab_size}"
+        fail(f"--model-name {name}: its tokenizer {sizes}; they do not belong together")
+    if not takes_system_message(tokenizer):
+        try:
+            render_prompt(tokenizer, "SYSTEM", "QUESTION")
+        except jinja2.TemplateError as error:
+            fail(f"--model-name {name}: its chat template cannot be used ({error})")
+        where = "the system prompt is put before the question"
+        print(f"warning: {name}: its chat template drops a system message; {where}", flush=True)
     return tokenizer
+
+
+def base_model_of(name: str) -> str:
+    """The model that an adapter's directory belongs to; any other name as it is."""
+    if not (Path(name) / "adapter_config.json").is_file():
+        return name
+    try:
+        return PeftConfig.from_pretrained(name).base_model_name_or_path
+    except LOADING_ERRORS as error:
+        fail_to_load(name, error)
 
 
 def fail_to_load(name: str, error: Exception):
@@ -128,7 +227,25 @@ def fail_to_load(name: str, error: Exception):
         "name a local model by its directory; "
         "for a gated one accept its licence on huggingface.co and `hf auth login`"
     )
-    fail(f"--model-name {name}: cannot be loaded ({hint}): {str(error).splitlines()[0]}")
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    fail(f"--model-name {name}: cannot be loaded ({hint}): {reason[:300]}")
+
+
+def render_prompt(tokenizer, system: str, question: str) -> str:
+    """The text of a prompt as the chat template writes it, up to where the policy goes on."""
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    if not takes_system_message(tokenizer):
+        chat = [{"role": "user", "content": f"{system}\n\n{question}"}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **DATE)
+
+
+def takes_system_message(tokenizer) -> bool:
+    """Whether the chat template writes a system message, and neither drops nor refuses it."""
+    chat = [{"role": "system", "content": "SYSTEM"}, {"role": "user", "content": "."}]
+    try:
+        return "SYSTEM" in tokenizer.apply_chat_template(chat, tokenize=False, **DATE)
+    except jinja2.TemplateError:
+        return False
 
 
 def choose_attention(config, model_config) -> str:
@@ -164,6 +281,7 @@ def can_pack(model_config, max_length: int) -> bool:
     return has_rotary and not has_alibi and takes_a_mask and set(layer_types) <= exact
 
 
+@out_of_memory_names("lora_rank, or take a smaller model_name")
 def load_model(config, device: torch.device, checkpoint: Path | None = None):
     """(policy, reference). The reference is the policy that training began with, also on a resume.
 
@@ -171,17 +289,18 @@ def load_model(config, device: torch.device, checkpoint: Path | None = None):
     policy itself serves (see `as_reference`). checkpoint: of the policy, where a run is resumed.
     """
     torch.manual_seed(config.seed)  # of LoRA's first weights
-    is_adapter = (Path(config.model_name) / "adapter_config.json").is_file()
+    base = base_model_of(config.model_name)
+    is_adapter = base != config.model_name
     lora = is_adapter or config.lora_rank > 0
-    base = config.model_name
-    if is_adapter:
-        base = PeftConfig.from_pretrained(base).base_model_name_or_path
     name = str(checkpoint) if checkpoint and not lora else base
     policy = load_pretrained(name, config, device, trainable=not lora)
     reference = None
     if is_adapter:
-        policy = PeftModel.from_pretrained(policy, config.model_name, is_trainable=True)
-        policy.load_adapter(config.model_name, "reference")
+        try:
+            policy = PeftModel.from_pretrained(policy, config.model_name, is_trainable=True)
+            policy.load_adapter(config.model_name, "reference")
+        except LOADING_ERRORS as error:
+            fail_to_load(config.model_name, error)
     elif lora:
         rank = config.lora_rank
         adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -194,7 +313,7 @@ def load_model(config, device: torch.device, checkpoint: Path | None = None):
         set_peft_model_state_dict(policy, load_peft_weights(str(checkpoint), device=str(device)))
     if config.gradient_checkpointing:
         arguments = {"use_reentrant": False}
-        unwrap(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+        unwrap(policy).activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     if device.type != "cpu":
         let_autocast_cast(policy)
     for module in policy.modules():
@@ -286,7 +405,8 @@ def optimizer_step(policy, optimizer, scaler, config) -> float:
     Returns the gradient's norm before it is scaled down.
     """
     scaler.unscale_(optimizer)  # before clipping, whose bound is in the loss's own scale
-    norm = clip_grad_norm_(policy.parameters(), config.max_norm).item()
+    max_norm = config.max_norm or math.inf  # 0: no clipping
+    norm = clip_grad_norm_(policy.parameters(), max_norm).item()
     if math.isfinite(norm):
         scaler.step(optimizer)
     scaler.update()
@@ -305,21 +425,6 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**30 if sys.platform == "darwin" else 2**20
     )
-
-
-@contextmanager
-def out_of_memory_names(constant: str):
-    """Where memory runs out, end the program with a line that names the constant to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if out or "can't allocate memory" in str(error):
-            first_line = str(error).splitlines()[:1]
-            fail(
-                f"out of memory: lower {constant}; the last checkpoint is untouched ({first_line})"
-            )
-        raise
 
 
 def find_eos_ids(policy, tokenizer) -> set[int]:

@@ -7,9 +7,14 @@ from collections import Counter
 
 def normalize_answer(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces,
-    as in the evaluation script of SQuAD (1606.05250)."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    as in the evaluation script of SQuAD (1606.05250).
+
+    Ours: a text that is nothing but articles or punctuation keeps them, or "A" and "+" would be
+    the same answer as "" and "The".
+    """
+    bare = "".join(character for character in text.lower() if character not in string.punctuation)
+    without_articles = " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+    return without_articles or " ".join(bare.split()) or text.strip()
 
 
 def exact_match(given: str | None, golds: list[str]) -> float:

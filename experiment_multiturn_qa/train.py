@@ -30,7 +30,8 @@ from typing import Literal
 import torch
 import tyro
 from answers import exact_match, f1_score, given_answer, holds_gold, search_metrics
-from calls import DATE, Environment, show_trajectory, trajectory_metrics
+from calls import Environment, show_trajectory, trajectory_metrics
+from data import choose_rows, read_train_and_eval_rows, text_of
 from loss import GRPOLoss, loss_metrics
 from model import (
     as_reference,
@@ -44,15 +45,22 @@ from model import (
     optimizer_step,
     out_of_memory_names,
     peak_memory,
+    render_prompt,
     resolve,
     unwrap,
 )
 from replay_buffer import Experience, MicroBatch, ReplayBuffer
 from run import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptionalInt,
+    PositiveFloat,
+    PositiveInt,
     Run,
+    Share,
     check_config,
     fail,
-    read_train_and_eval_rows,
+    is_due,
     rollout_metrics,
     speed_metrics,
 )
@@ -78,19 +86,19 @@ class Config:
     # The project at Weights & Biases.
     wandb_project: str = "grpo"
     # Decides the prompts' order, the samples and LoRA's first weights.
-    seed: int = 42
+    seed: NonNegativeInt = 42
     # Which CUDA device. Default: the first, else Apple's, else the CPU.
-    device_index: int | None = None
+    device_index: OptionalInt = None
     # Holds <experiment>/<run-name>/step_000020.
     checkpoint_path: str = "./output"
-    # Steps between checkpoints. Higher: fewer writes, more to lose. The last step has one too.
-    checkpoint_interval: int = 20
-    # Continue the named run, else this experiment's newest.
+    # Steps between checkpoints. Higher: fewer writes, more to lose. 0: only the last step has one.
+    checkpoint_interval: NonNegativeInt = 20
+    # Continue the named run, else the one of this experiment that was started last.
     resume: bool = False
-    # Steps between evaluations. Higher: faster. There is one before the first step and at the end.
-    eval_interval: int = 10
-    # Steps between completions that are printed in full.
-    log_completions_interval: int = 10
+    # Steps between evaluations. Higher: faster. 0: only before the first step and after the last.
+    eval_interval: NonNegativeInt = 10
+    # Steps between completions that are printed in full. 0: none.
+    log_completions_interval: NonNegativeInt = 10
     # A small run to see that all works: at most 100 prompts and 100 steps, a checkpoint every 50.
     test: bool = False
 
@@ -104,7 +112,7 @@ class Config:
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     # Rank of adapters on all linear layers. Higher: can learn more, takes more memory. 0 trains
     # every weight of the model instead.
-    lora_rank: int = 0
+    lora_rank: NonNegativeInt = 0
     # Frozen weights in nf4 (needs LoRA): a quarter of their memory, a little slower.
     load_in_4bit: bool = False
     # Much less memory in training, for a third more time.
@@ -128,64 +136,64 @@ class Config:
         "Give the answer inside <answer> </answer>."
     )
     # Training prompts, from the start of the file.
-    max_prompts: int = 1024
+    max_prompts: PositiveInt = 1024
     # Held-out prompts. Higher: a steadier figure, and slower evaluations.
-    max_eval_prompts: int = 512
+    max_eval_prompts: PositiveInt = 512
 
     # ---- sampling
 
-    # Trajectories of a prompt. Higher: a better baseline, and more sampling.
-    group_size: int = 8
+    # Trajectories of a prompt, at least 2. Higher: a better baseline, and more sampling.
+    group_size: PositiveInt = 8
     # Prompts of a step. Higher: a less noisy gradient, and longer steps.
-    rollouts_per_step: int = 16
+    rollouts_per_step: PositiveInt = 16
     # Higher: more varied completions. Every log-prob of the loss is taken at this temperature.
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     # Turns of the policy. Higher: more calls are possible. A call in the last turn is not run.
-    max_turns: int = 4
+    max_turns: PositiveInt = 4
     # Tokens of a whole row: the prompt, what is sampled, and the results.
-    max_length: int = 768
+    max_length: PositiveInt = 768
     # Tokens of a turn. Higher: fewer are cut off, and sampling takes longer.
-    max_new_tokens: int = 48
+    max_new_tokens: PositiveInt = 48
     # Passages in a result. Higher: more is found, and rows are longer.
-    top_k: int = 2
+    top_k: PositiveInt = 2
     # Tokens of a result and what stands around it. What is too long is cut at its end.
-    max_result_tokens: int = 112
+    max_result_tokens: PositiveInt = 112
     # Completions sampled at once. Higher: faster, more memory. Draws other random numbers.
-    sample_rows: int = 256
+    sample_rows: PositiveInt = 256
 
     # ---- the update
 
     # Stop after this many; 0 only evaluates.
-    max_steps: int | None = None
+    max_steps: OptionalInt = None
     # Passes over the prompts.
-    epochs: int = 1
+    epochs: PositiveInt = 1
     # Passes over a step's completions. Higher: more updates from the same samples, further
     # off-policy.
-    epochs_per_step: int = 1
+    epochs_per_step: PositiveInt = 1
     # Completions of an update. Lower: more updates a step; all but the first are off-policy, and
     # there the clip matters.
-    train_batch_size: int = 64
+    train_batch_size: PositiveInt = 64
     # Tokens forwarded at once, padding included; a longer row goes alone. Higher: more memory, and
     # faster on a GPU, where real models take 4096. Changes the gradient by rounding only.
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: PositiveInt = 1024
     # adamw8bit keeps its state in 8 bits (bitsandbytes).
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     # Learning rate of the embedded policy. Real models: 1e-6 for all weights, 1e-5 with LoRA.
-    lr: float = 5e-5
-    # A longer gradient is scaled down to this norm. Higher: that happens less often.
-    max_norm: float = 1.0
+    lr: NonNegativeFloat = 5e-5
+    # A longer gradient is scaled down to this norm. Higher: that happens less often. 0: never.
+    max_norm: NonNegativeFloat = 1.0
     # A token with a negative advantage is pushed down no further once its probability is below
     # its old one times 1 - clip_eps_low. Higher: larger moves within a step.
-    clip_eps_low: float = 0.2
+    clip_eps_low: Share = 0.2
     # One with a positive advantage is pushed up no further once above 1 + clip_eps_high times it.
-    clip_eps_high: float = 0.2
+    clip_eps_high: NonNegativeFloat = 0.2
     # Weight of the KL to the policy that training began with. Higher: stays closer. 0 needs no
     # reference.
-    kl_weight: float = 0.01
+    kl_weight: NonNegativeFloat = 0.01
     # How tokens are averaged, see token_weights in loss.py.
     critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"
     # Reward of the right form. A right answer earns 1.
-    format_weight: float = 0.1
+    format_weight: NonNegativeFloat = 0.1
 
     @property
     def generate_max_length(self) -> int:
@@ -205,12 +213,7 @@ def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt],
     """(training prompts, held-out prompts, search). Prompts are checked, rendered, tokenised."""
     rows, eval_rows = read_train_and_eval_rows(config.data_path, config.eval_data_path)
     all_rows = rows + eval_rows
-    rows = rows[: config.max_prompts]
-    eval_rows = eval_rows[: config.max_eval_prompts]
-    if len(rows) < config.rollouts_per_step or not eval_rows:
-        counts = f"{len(rows)} prompts, {len(eval_rows)} held out (--eval-data-path)"
-        needed = f"--rollouts-per-step is {config.rollouts_per_step}"
-        fail(f"{config.data_path}: {counts}; {needed}")
+    rows, eval_rows = choose_rows(rows, eval_rows, config)
     prompts = [make_prompt(where, row, config, tokenizer) for where, row in rows]
     eval_prompts = [make_prompt(where, row, config, tokenizer) for where, row in eval_rows]
     warn_of_cuts(prompts + eval_prompts, config)
@@ -219,23 +222,14 @@ def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt],
 
 def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
     """The prompt of a row. `where` is its file and line, for error texts."""
+    question = text_of(where, row, "--question-field", config.question_field)
     golds = row.get(config.answer_field)
-    if not isinstance(golds, list):
+    if not isinstance(golds, list) or not golds:
         golds = [golds]
-    fields = {config.question_field: [row.get(config.question_field)], config.answer_field: golds}
-    for name, values in fields.items():
-        are_texts = [isinstance(v, (str, int, float)) and str(v).strip() for v in values]
-        if not values or not all(are_texts):
-            flags = "--question-field and --answer-field name the fields"
-            fail(f"{where}: field {name!r} is missing or empty; {flags}")
+    name = config.answer_field
+    golds = [text_of(where, {name: gold}, "--answer-field", name) for gold in golds]
 
-    messages = [
-        {"role": "system", "content": config.system_prompt + TOOL_PROMPT},
-        {"role": "user", "content": str(row[config.question_field])},
-    ]
-    text = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False, **DATE
-    )
+    text = render_prompt(tokenizer, config.system_prompt + TOOL_PROMPT, question)
     # The template has written BOS already, where the model has one.
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) + config.max_new_tokens > config.max_length:
@@ -243,7 +237,7 @@ def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
         advice = "raise --max-length or shorten the prompt"
         fail(f"{where}: the prompt has {len(ids)} tokens, more than {budget}; {advice}")
     difficulty = str(row.get("difficulty") or "").lower()
-    return Prompt(ids, [str(gold) for gold in golds], difficulty)
+    return Prompt(ids, golds, difficulty)
 
 
 def prompts_of_step(prompts: list[Prompt], step: int, config: Config) -> list[Prompt]:
@@ -537,20 +531,21 @@ def evaluate(
 
 # ---------------------------------------------------------------- main
 def main(config: Config) -> None:
-    check_config(config, also_positive=("max_turns", "top_k", "max_result_tokens"))
+    check_config(config)
     config, device = resolve(config)
     for name, value in asdict(config).items():
         print(f"{name}: {value}")
-    tokenizer = load_tokenizer(config.model_name)
+    tokenizer = load_tokenizer(config)
     prompts, eval_prompts, search = read_prompts(config, tokenizer)
     run = Run(config, EXPERIMENT)
     policy, reference = load_model(config, device, run.last_checkpoint)
+    run.open()  # from here on it can be resumed
     evaluation = evaluate(policy, tokenizer, eval_prompts, config, search)
     print("held out:", evaluation)
     if config.max_steps == 0:
         return
 
-    run.open(config, evaluation)
+    run.start(evaluation)
     optimizer = make_optimizer(policy, config, run.state.get("optimizer"))
     scaler = make_scaler(config, device, run.state.get("scaler"))
     objective = GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
@@ -616,14 +611,15 @@ def main(config: Config) -> None:
             "peak_memory": peak_memory(device),
         }
         objective.token_sums.clear()
-        is_last = step == last_step or run.stop_requested
-        if is_last or step % config.eval_interval == 0:
+        is_last = step == last_step
+        if is_last or is_due(step, config.eval_interval):
             metrics |= evaluate(policy, tokenizer, eval_prompts, config, search)
         shown = None
-        if step % config.log_completions_interval == 0:
+        if is_due(step, config.log_completions_interval):
             shown = show_trajectory(experiences[0], tokenizer)
         run.log(step, metrics, shown)
-        if is_last or step % config.checkpoint_interval == 0:
+        is_last = is_last or run.stop_requested  # by Ctrl-C or SIGTERM
+        if is_last or is_due(step, config.checkpoint_interval):
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             run.save(step, policy, tokenizer, state)
         if is_last:

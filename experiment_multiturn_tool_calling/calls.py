@@ -8,11 +8,8 @@ import json
 import re
 
 import torch
+from model import DATE
 from transformers.utils import get_json_schema
-
-# Llama's template would print today's date, and a run could not be repeated.
-DATE = {"date_string": "26 Jul 2024"}
-
 
 TOOLS = """
 

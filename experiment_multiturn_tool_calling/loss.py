@@ -153,6 +153,7 @@ def loss_metrics(
     token_sums: list[dict[str, Tensor]], grad_norms: list[float], max_norm: float = math.inf
 ) -> dict[str, float | None]:
     """Figures of a step: means over tokens; of loss and gradient norm over updates."""
+    max_norm = max_norm or math.inf  # 0: no clipping
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
     of_updates = {
         "skipped_updates": len(grad_norms) - len(finite),

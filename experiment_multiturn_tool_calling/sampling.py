@@ -94,7 +94,8 @@ def choose_tokens(logits, row_of, config, generator):
     if row_log_probs.isnan().any():
         fail(
             f"the model's logits are not finite in --precision {config.precision}; "
-            "take --precision bfloat16 or float32, or look for NaN in the weights"
+            "take --precision bfloat16 or float32, a higher --temperature or a lower --lr; "
+            "the last checkpoint is untouched"
         )
     log_probs = row_log_probs[row_of]  # (unfinished, vocabulary)
     if generator is None:

@@ -44,7 +44,7 @@ SIZES = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    max_position_embeddings=512,
+    max_position_embeddings=2048,
 )
 ARCHITECTURES = {
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),

@@ -227,7 +227,7 @@ def test_a_batch_of_truncated_completions_alone_needs_no_forward():
 
 
 # ---------------------------------------------------------------- runs
-def rarely_right(completion: str, answer: str) -> float:
+def rarely_right(completion: str, *_) -> float:
     """Right by chance, so that many groups of four are all wrong and few all right."""
     return float(zlib.crc32(completion.encode()) % 4 == 0)
 
@@ -316,5 +316,7 @@ def test_first_loss_is_minus_the_mean_advantage_of_the_tokens_in_the_loss(
 
 
 def test_refuses_no_rounds(tmp_path, model):
-    with pytest.raises(SystemExit, match="^error: --max-sampling-rounds 0: must be above 0"):
+    with pytest.raises(
+        SystemExit, match="^error: --max-sampling-rounds 0: must be in the range INT>=1"
+    ):
         run_main(tmp_path, model, experiment="experiment_dapo", max_sampling_rounds=0)

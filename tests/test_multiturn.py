@@ -367,7 +367,7 @@ def test_a_canonical_trajectory_is_the_templates_own_rendering(name):
     for turn, result in zip(turns, ("36", "72", None)):
         chat.append({"role": "assistant", "content": turn})
         chat.append({"role": "user", "content": f"<tool_response>\n{result}\n</tool_response>"})
-    text = tokenizer.apply_chat_template(chat[:-1], tokenize=False, **train.DATE)
+    text = tokenizer.apply_chat_template(chat[:-1], tokenize=False, **experiment.model.DATE)
     if name == "qwen3":  # its template puts an empty block into the last assistant turn
         assert text.count("<think>\n\n</think>\n\n") == 1
         text = text.replace("<think>\n\n</think>\n\n", "")
@@ -768,7 +768,7 @@ def test_adapters_and_4_bit_weights_train(kind, tmp_path, model, monkeypatch):
 # ---------------------------------------------------------------- what it shares with the base
 SAME = """make_generator prompts_of_step group_advantages sequences_log_probs token_log_probs
 add_old_and_reference_log_probs""".split()
-OWN = """Prompt Trajectory Config read_prompts is_selected make_prompt parse_number accuracy_reward
+OWN = """Prompt Trajectory Config read_prompts left_out_by make_prompt accuracy_reward
 is_lenient_match reward respond evaluate
 main""".split()
 
@@ -787,10 +787,7 @@ def test_what_is_not_about_turns_is_the_bases():
     base, other = functions("experiment_base"), functions(EXPERIMENTS[is_qa()])
     assert all(base[name] == other[name] for name in SAME)
     if not is_qa():
-        assert all(
-            base[name] == other[name]
-            for name in ("parse_number", "accuracy_reward", "is_lenient_match")
-        )
+        assert all(base[name] == other[name] for name in ("accuracy_reward", "is_lenient_match"))
 
 
 def test_the_two_experiments_differ_in_tool_data_reward_and_metrics_alone():

@@ -3,7 +3,7 @@
     python tools/sync.py            # copy
     python tools/sync.py --check    # copy nothing; say what differs, and exit with 1 if anything
 
-Plumbing is what an experiment uses as it is: sampling.py, model.py and run.py belong to
+Plumbing is what an experiment uses as it is: sampling.py, model.py, run.py and data.py belong to
 experiment_base, calls.py to experiment_multiturn_tool_calling. Change the owner's file, then run
 this. Lesson files (train.py, loss.py, replay_buffer.py) are never touched: they may diverge.
 
@@ -22,6 +22,7 @@ OWNERS = {
     "sampling.py": "experiment_base",
     "model.py": "experiment_base",
     "run.py": "experiment_base",
+    "data.py": "experiment_base",
     "calls.py": "experiment_multiturn_tool_calling",
 }
 
