@@ -87,7 +87,7 @@ def greedy_answers(model_name: str, count: int = 10) -> list[dict]:
     from model import load_model, load_tokenizer
 
     config = train.Config(model_name=model_name, precision="float32", kl_weight=0)
-    tokenizer = load_tokenizer(model_name)
+    tokenizer = load_tokenizer(config)
     _, prompts = train.read_prompts(config, tokenizer)
     policy, _ = load_model(config, torch.device("cpu"))
     answers = train.rollout(policy, tokenizer, prompts[:count], 1, config)

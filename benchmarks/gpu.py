@@ -270,7 +270,7 @@ def log_prob_gap(train, folder: str, options: Options, precision: str, mode: str
     config.train_batch_size, config.lr, config.critic_type = 16, 1e-4, "dapo"
     policy, reference = train.load_model(config, torch.device(options.device))
     optimizer = train.make_optimizer(policy, config)
-    tokenizer = train.load_tokenizer(folder)
+    tokenizer = train.load_tokenizer(config)
     prompts, _ = train.read_prompts(config, tokenizer)
     objective = train.GRPOLoss(0.2, 0.2, config.kl_weight)
     packed = train.can_pack(train.unwrap(policy).config, config.max_length)

@@ -49,7 +49,7 @@ def sampling_with(change, sample):
 
 def main(options: Options) -> None:
     config, device = train.resolve(train.Config(model_name=options.model_name, kl_weight=0))
-    tokenizer = train.load_tokenizer(config.model_name)
+    tokenizer = train.load_tokenizer(config)
     prompts, _ = train.read_prompts(config, tokenizer)
     policy, _ = train.load_model(config, device)
     sample = train.sample

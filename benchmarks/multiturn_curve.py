@@ -76,7 +76,7 @@ def summarise(seed: int, lines: list[dict], bar: float) -> dict:
 def greedy_trajectories(train, model_name: str, count: int = 10) -> list[dict]:
     """The policy's greedy trajectories of the first held-out questions, behind their prompts."""
     config, device = train.resolve(train.Config(model_name=model_name, kl_weight=0))
-    tokenizer = train.load_tokenizer(model_name)
+    tokenizer = train.load_tokenizer(config)
     _, prompts, *search = train.read_prompts(config, tokenizer)
     policy, _ = train.load_model(config, device)
     tool = search[0] if search else train.calculator

@@ -178,7 +178,7 @@ def kl_of_last_checkpoint(experiment: str, seed: int, config: Config) -> dict[st
     )
     reference, _ = load_model(settings, device)
     policy, _ = load_model(replace(settings, model_name=str(checkpoint)), device)
-    tokenizer = load_tokenizer(settings.model_name)
+    tokenizer = load_tokenizer(settings)
     groups = sample(train, policy, tokenizer, train.read_prompts(settings, tokenizer)[1], settings)
     log_probs, of_reference = log_ratios(train, reference, groups, settings)
     k3 = approx_kl_divergence(log_probs, of_reference)

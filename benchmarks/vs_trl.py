@@ -368,7 +368,7 @@ def run_trl(
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer = train.load_tokenizer(config.model_name)
+    tokenizer = train.load_tokenizer(config)
     prompts, eval_prompts = train.read_prompts(config, tokenizer)
     prompts = [
         prompt

@@ -17,7 +17,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
 CURRENCY = r"(?:\\?[$€£¥₹])?"  # as \$ too
 UNIT = r"(?:\s?\\?%| ([A-Za-z]{1,20}))?"
-SPELLING = rf"([-+]?)\s*{CURRENCY}\s*(-?)\s*({NUMBER}){CURRENCY}{UNIT}"
+SPELLING = rf"([-+]?)\s*{CURRENCY}\s*(-?)\s*({NUMBER})\s?{CURRENCY}{UNIT}"
 WRAPPED = r"\*\*(.*)\*\*|\\boxed\{(.*)\}|\$(.*)\$|\\\((.*)\\\)"
 NO_UNITS = ("dozen", "hundred", "thousand", "million", "billion", "trillion")
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -277,6 +278,37 @@ def test_nan_is_null(tmp_path):
     path = write_as(".parquet", tmp_path / "rows", [{"a": math.nan, "b": 1.0}, {"a": 2.0}])
     rows = base.data.read_rows(str(path), "train")
     assert [row for _, row in rows] == [{"b": 1.0}, {"a": 2.0}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize(
+    "number, text", [(1e-05, "0.00001"), (1e16, "10000000000000000"), (-2.5e-07, "-0.00000025")]
+)
+def test_floats_of_a_data_file_are_numbers(number, text, suffix, tmp_path, model):
+    """Bug: Python writes 0.00001 as 1e-05, which is no number in an answer."""
+    rows = [row | {"answer": number} for row in GOOD]
+    path = write_as(suffix, tmp_path / "rows", rows)
+    config = base.train.Config(**tiny_settings(tmp_path, model, data_path=str(path)))
+    prompts, _ = base.train.read_prompts(config, embedded_tokenizer())
+    value = base.data.parse_number(prompts[0].answer)
+    assert value == base.data.parse_number(text)
+    assert base.train.accuracy_reward(f"<answer>{text}</answer>", prompts[0].answer) == 1
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path, model):
+    """Bug: "field 'answer' is missing" of a column of DECIMAL(10, 4)."""
+    rows = [row | {"answer": Decimal("72.5000")} for row in GOOD]
+    path = write_as(".parquet", tmp_path / "rows", rows)
+    config = base.train.Config(**tiny_settings(tmp_path, model, data_path=str(path)))
+    prompts, _ = base.train.read_prompts(config, embedded_tokenizer())
+    assert base.train.accuracy_reward("<answer>72.5</answer>", prompts[0].answer) == 1
+
+
+@pytest.mark.parametrize("value", [True, ["1"], {"a": 1}, float("inf")])
+def test_an_answer_that_is_no_number_is_named_with_its_line(value, tmp_path, model, monkeypatch):
+    rows = [*GOOD[:4], GOOD[4] | {"answer": value}, *GOOD[5:]]
+    message = refused_rows(rows, ".jsonl", tmp_path, model, monkeypatch)
+    assert "rows.jsonl, line 5: field 'answer' must be" in message
 
 
 @pytest.mark.parametrize("field", ["question", "answer"])

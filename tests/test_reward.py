@@ -104,7 +104,7 @@ SPELLINGS = [
     ("72.", True, "a full stop"),
     ("$72", True, "a currency before it"),
     ("72$", True, "a currency behind it"),
-    ("72 €", False, "a currency behind a space"),
+    ("72 €", True, "a currency behind a space"),
     ("$72$", True, "as LaTeX"),
     ("\\$72", True, "an escaped currency"),
     ("72%", True, "per cent"),
