@@ -11,15 +11,19 @@ from decimal import Decimal
 from pathlib import Path
 
 import pyarrow.parquet
-from run import fail, is_unicode
+from run import fail, first_line, flag_of, is_unicode
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
+NUMBER = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 CURRENCY = r"(?:\\?[$€£¥₹])?"  # as \$ too
-UNIT = r"(?:\s?\\?%| ([A-Za-z]{1,20}))?"
+UNIT = r"(?:\s?\\?%| ([A-Za-z°]{1,20}))?"
 SPELLING = rf"([-+]?)\s*{CURRENCY}\s*(-?)\s*({NUMBER})\s?{CURRENCY}{UNIT}"
-WRAPPED = r"\*\*(.*)\*\*|\\boxed\{(.*)\}|\$(.*)\$|\\\((.*)\\\)"
-NO_UNITS = ("dozen", "hundred", "thousand", "million", "billion", "trillion")
+WRAPPED = r"\*\*(.*)\*\*|\\boxed\{(.*)\}|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]"
+# Words behind a number that are no unit; an s may follow.
+NO_UNITS = set(
+    "dozen gross score hundred thousand lakh million crore billion trillion k mn bn tn "
+    "squared cubed factorial plus minus times and or to".split()
+)
 
 
 def read_rows(path: str, split: str) -> list[tuple[str, dict]]:
@@ -37,9 +41,9 @@ def read_rows(path: str, split: str) -> list[tuple[str, dict]]:
             table = pyarrow.parquet.read_table(path).to_pylist()
             rows = [(f"{path}, row {i}", row) for i, row in enumerate(table, 1)]
         elif path.endswith(".json"):
-            rows = list(read_json_list(path, Path(path).read_text("utf-8")))
+            rows = list(read_json_list(path, Path(path).read_text("utf-8-sig")))
         else:
-            for i, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1):
+            for i, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
                 where = f"{path}, line {i}"
                 if line.strip():
                     rows.append((where, json.loads(line)))
@@ -47,8 +51,7 @@ def read_rows(path: str, split: str) -> list[tuple[str, dict]]:
         hint = "; files end in .jsonl, .json or .parquet, else it is a hub id"
         if path.endswith(DATA_SUFFIXES):
             hint = ""
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(f"{where}: cannot be read{hint}: {reason}")
+        fail(f"{where}: cannot be read{hint}: {first_line(error)}")
     for where, row in rows:
         if not isinstance(row, dict):
             fail(f"{where}: expected an object with fields, found {type(row).__name__}")
@@ -66,6 +69,14 @@ def number_of(where: str, row: dict, field: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(f"{where}: field {field!r} must be a number, is {str(value)[:50]!r}")
     return value
+
+
+def characters_of(where: str, row: dict, field: str) -> set[str]:
+    """The characters of the text, or of the list of texts, in a field that a row may lack."""
+    value = row.get(field, "")
+    if not isinstance(value, (str, list)):
+        fail(f"{where}: field {field!r} must be text, is {str(value)[:50]!r}")
+    return set("".join(map(str, value)))
 
 
 def text_of(where: str, row: dict, flag: str, field: str) -> str:
@@ -88,21 +99,21 @@ def text_of(where: str, row: dict, flag: str, field: str) -> str:
 def choose_rows(rows, eval_rows, config, left_out_by=lambda *_: ""):
     """(training rows, held-out rows) that are used; says how many of how many.
 
-    left_out_by(where, row, config) is the flag that leaves a training row out, else "".
+    left_out_by(where, row, config) names the constant that leaves a training row out, else "".
     """
     selected = []
     left_out = Counter()
     for where, row in rows:
-        flag = left_out_by(where, row, config)
-        if flag:
-            left_out[flag] += 1
+        constant = left_out_by(where, row, config)
+        if constant:
+            left_out[constant] += 1
         else:
             selected.append((where, row))
     used = selected[: config.max_prompts]
     held_out = eval_rows[: config.max_eval_prompts]
     causes = []
-    for flag, count in left_out.items():
-        causes.append(f"{count} left out by {flag} {getattr(config, flag[2:].replace('-', '_'))}")
+    for constant, count in left_out.items():
+        causes.append(f"{count} left out by {flag_of(constant)} {getattr(config, constant)}")
     if len(selected) > len(used):
         causes.append(f"the first --max-prompts {config.max_prompts}")
     counts = f"{len(used)} of {len(rows)} prompts selected"
@@ -128,11 +139,11 @@ def read_json_list(path: str, text: str):
     line = 1
     start = 0
     end = text.find("[") + 1
-    for element in elements:
+    for row, element in enumerate(elements, 1):
         before = start
         start = re.compile(r"[\s,]*").match(text, end).end()
         line += text.count("\n", before, start)
-        yield f"{path}, line {line}", element
+        yield f"{path}, row {row}, line {line}", element
         end = decoder.raw_decode(text, start)[1]
 
 
@@ -168,20 +179,21 @@ def parse_number(text: str) -> Decimal | None:
         wrapped = re.fullmatch(WRAPPED, text)
         if wrapped:
             text = wrapped[wrapped.lastindex].strip().removesuffix(".")
-    text = text.replace("\N{MINUS SIGN}", "-")
+    text = text.replace("\N{MINUS SIGN}", "-").replace("\N{NO-BREAK SPACE}", " ")
     found = re.fullmatch(SPELLING, text) if len(text) <= 50 else None
     if not found:
         return None
     sign, sign_behind_currency, digits, unit = found.groups(default="")
-    if (sign and sign_behind_currency) or unit.lower() in NO_UNITS:
+    if (sign and sign_behind_currency) or unit.lower().removesuffix("s") in NO_UNITS:
         return None
-    value = Decimal(digits.replace(",", ""))
-    return -value if "-" in (sign, sign_behind_currency) else value
+    minus = "-" if "-" in (sign, sign_behind_currency) else ""
+    return Decimal(minus + digits.replace(",", ""))  # exact; -Decimal(...) would round
 
 
 def last_number(text: str) -> str:
     """The last number in a text, whatever stands around it; "" where it has none."""
-    numbers = re.findall(r"(?<![0-9])-?" + NUMBER + "(?![0-9])", text[-1000:])
+    text = text[-1000:].replace("\N{MINUS SIGN}", "-")
+    numbers = re.findall(rf"(?<![0-9.])-?{CURRENCY}-?{NUMBER}(?![0-9])", text)
     return numbers[-1] if numbers else ""
 
 

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ from tqdm import tqdm
 
 # On a CPU bitsandbytes misses an optional kernel, and says so at every start.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+try:
+    import fcntl  # locks of files
+except ImportError:  # Windows
+    fcntl = None
 
 MAX_SKIPPED = 10  # updates in a row without a finite gradient that end the run
 NO_SPREAD_STEPS = 5  # steps in a row without a group to learn from, until a warning says so
@@ -40,9 +46,6 @@ FIXED = (
     "load_in_4bit",
     "optimizer",
     "seed",
-    "data_path",
-    "eval_data_path",
-    "max_prompts",
     "group_size",
     "rollouts_per_step",
     "train_batch_size",
@@ -58,12 +61,18 @@ HARMLESS = (
     "eval_interval",
     "log_completions_interval",
     "max_eval_prompts",
+    "data_path",  # the prompts in it are compared
+    "eval_data_path",
+    "max_prompts",
     "wandb",
     "wandb_project",
     "device_index",
 )
 # Of a full disk, as Python, torch and safetensors report it.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+DAMAGED = "delete this directory to resume from the checkpoint before it"
 
 
 def fail(message: str):
@@ -74,7 +83,7 @@ def fail(message: str):
 # ---------------------------------------------------------------- the config
 @dataclass(frozen=True)
 class Range:
-    """The values that a constant may have: numbers from `low` to `high`, which are finite."""
+    """What a constant may be: a number from `low` to `high`, or None where that is its default."""
 
     text: str
     low: float
@@ -83,20 +92,30 @@ class Range:
     def holds(self, value) -> bool:
         return value is None or self.low <= value <= self.high
 
+    def __str__(self) -> str:
+        return f"from {self.low:.6g} to {self.high:.6g}"
+
 
 def limited(kind, text: str, low: float, high: float):
     """The type of a constant with a range, which --help shows behind the constant's name."""
     return Annotated[kind, Range(text, low, high), tyro.conf.arg(metavar=text)]
 
 
-MOST = 2**63 - 1  # what torch takes as a seed
-LARGEST = sys.float_info.max  # below inf
+MOST = 2**31 - 1
+LARGEST = torch.finfo(torch.float32).max  # so neither inf nor nan
 PositiveInt = limited(int, "INT>=1", 1, MOST)
 NonNegativeInt = limited(int, "INT>=0", 0, MOST)
 OptionalInt = limited(int | None, "INT>=0", 0, MOST)
-PositiveFloat = limited(float, "FLOAT>0", sys.float_info.min, LARGEST)
 NonNegativeFloat = limited(float, "FLOAT>=0", 0, LARGEST)
 Share = limited(float, "0..1", 0, 1)
+Seed = limited(int, "0..2**63-1", 0, 2**63 - 1)
+Temperature = limited(float, "0.001..1000", 1e-3, 1e3)
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's text, and its kind where that says little."""
+    text = (str(error).strip().splitlines() or [""])[0][:300]
+    return text if " " in text else f"{type(error).__name__}: {text}"
 
 
 def flag_of(name: str) -> str:
@@ -109,7 +128,9 @@ def check_config(config) -> None:
         value = getattr(config, name)
         for limits in get_args(hint)[1:]:
             if isinstance(limits, Range) and not limits.holds(value):
-                fail(f"{flag_of(name)} {value}: must be in the range {limits.text}")
+                fail(f"{flag_of(name)} {value}: must be a number {limits}")
+        if value == "" and name.endswith(("_path", "_dir", "_name")):
+            fail(f"{flag_of(name)}: is empty")
         if isinstance(value, str) and not is_unicode(value):
             fail(f"{flag_of(name)} {value!r}: is not valid UTF-8")
     check_run_name(config.run_name)
@@ -162,7 +183,7 @@ def checkpoints_of(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = []
     for path in run.glob("step_*"):
-        if path.name[5:].isdigit() and (path / "trainer.pt").is_file():
+        if path.name[5:].isdecimal() and (path / "trainer.pt").is_file():
             found.append(path)
     return sorted(found, key=lambda path: int(path.name[5:]))
 
@@ -184,10 +205,13 @@ def is_run(folder: Path) -> bool:
 
 
 def read_start(run: Path) -> tuple[float, dict]:
-    """(when a run was started or resumed last, with which config), from its run.json."""
+    """(when a run was started or resumed last, with which config), from its run.json.
+
+    A run of an earlier version has none; its newest checkpoint is as old as that.
+    """
     path = run / "run.json"
     if not path.is_file():
-        return 0.0, {}
+        return (checkpoints_of(run)[-1] / "trainer.pt").stat().st_mtime, {}
     try:
         content = json.loads(path.read_text())
         return float(content["started"]), dict(content["config"])
@@ -195,44 +219,73 @@ def read_start(run: Path) -> tuple[float, dict]:
         fail(f"{path}: cannot be read ({error}); delete it to resume from the newest checkpoint")
 
 
-def find_checkpoint(run: Path, config) -> tuple[Path | None, dict, bool]:
-    """(its newest checkpoint, what `save` kept beside the weights, whether the config has changed
-    in what is trained).
+def find_checkpoint(run: Path) -> tuple[Path | None, dict]:
+    """(the newest checkpoint of a run, what `save` kept in it beside the weights).
 
-    None where the run was stopped before its first checkpoint: it begins again. A run that this
-    config cannot continue is refused.
+    The checkpoint is None where the run was stopped before its first one: it begins again.
     """
-    checkpoint = None
-    state = {"step": 0, "config": read_start(run)[1]}
-    if checkpoints_of(run):
-        checkpoint = checkpoints_of(run)[-1]
-        try:
-            state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-        except Exception as error:
-            advice = "delete this directory to resume from the one before it"
-            fail(f"{checkpoint}: cannot be read ({error}); {advice}")
-    now = config_texts(config)
-    before = state["config"]
+    if not checkpoints_of(run):
+        return None, {"step": 0, "config": read_start(run)[1]}
+    checkpoint = checkpoints_of(run)[-1]
+    try:
+        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+        return checkpoint, {**state, "step": int(state["step"]), "config": dict(state["config"])}
+    except Exception as error:  # torch's, zip's and pickle's errors share no base class
+        fail(f"{checkpoint}: cannot be read ({first_line(error)}); {DAMAGED}")
+
+
+def trains_otherwise(run: Path, before: dict[str, str], now: dict[str, str]) -> bool:
+    """Whether a resumed run's settings change what is trained. Says what has changed.
+
+    before: the settings of the checkpoint; now: of this run. What must not change is refused.
+    """
     changed = [name for name in before if name in now and now[name] != before[name]]
-    another = "--run-name names another one to resume"
     for name in FIXED:
         if name in changed:
             made_with = f"was made with {flag_of(name)} {before[name]}, not {now[name]}"
-            advice = f"pass that, or start a new run; {another}"
+            advice = "pass that, or resume another run by its --run-name, or start a new one"
             fail(f"--resume: run {run.name} {made_with}; {advice}")
-    if checkpoint:
-        print(f"resuming run {run.name} from {checkpoint}; {another}")
-    else:
-        print(f"run {run.name} was stopped before its first checkpoint: it begins again; {another}")
+    if "prompts" in changed:
+        causes = "the data, the rows that are selected, the system prompt or the tokenizer"
+        advice = "change them back, or start a new run"
+        fail(f"--resume: run {run.name} had other training prompts, by {causes}; {advice}")
     for name in sorted(changed):
         if name not in ("resume", "run_name"):
             print(f"  {name} is now {now[name]}, was {before[name]}")
-    return checkpoint, state, not set(changed) <= set(HARMLESS)
+    return not set(changed) <= set(HARMLESS)
 
 
-def config_texts(config) -> dict[str, str]:
-    """The config as it is kept with a run."""
-    return {name: str(value) for name, value in asdict(config).items()}
+def config_texts(config, prompts) -> dict[str, str]:
+    """The config as it is kept with a run, and a checksum of its training prompts."""
+    texts = {name: str(value) for name, value in asdict(config).items()}
+    return texts | {"prompts": f"{zlib.crc32(repr([p.ids for p in prompts]).encode()):08x}"}
+
+
+def free_space(path: Path) -> str:
+    """ ", 3 MB are free", of the disk that holds a path; "" where that is unknown."""
+    while not path.exists():
+        path = path.parent
+    try:
+        return f", {shutil.disk_usage(path).free // 2**20} MB are free"
+    except OSError:
+        return ""
+
+
+def step_of(line: str) -> int:
+    """The step of a line of metrics.jsonl; -1 where it is not whole."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else -1
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+def delete_aside(folder: Path) -> None:
+    """Delete a directory under another name, so that it is whole or gone."""
+    aside = folder.with_name("deleting")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
+    if folder.exists():
+        os.replace(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_aside(path: Path, text: str) -> None:
@@ -246,44 +299,54 @@ def write_aside(path: Path, text: str) -> None:
 class Run:
     """The directories, logs, checkpoints and warnings of one run, and the wish to stop it."""
 
-    def __init__(self, config, experiment: str) -> None:
+    def __init__(self, config, experiment: str, prompts) -> None:
         """Find the run to resume and its checkpoint, or begin a run that must not exist yet.
 
-        Writes nothing; `open` does.
+        prompts: those of training. Writes nothing; `open` does.
         """
         self.settings = config
-        self.config = config_texts(config)
+        self.config = config_texts(config, prompts)
         self.last_checkpoint = None
         self.state = {"step": 0}  # what `save` has kept, for a resumed run
-        self.is_changed = False  # whether a resumed run goes on as another training
+        self.trains_otherwise = False  # than the run that is resumed
         if config.resume:
             run = find_run(config, experiment)
             self.name = run.name
-            self.last_checkpoint, self.state, self.is_changed = find_checkpoint(run, config)
+            self.last_checkpoint, self.state = find_checkpoint(run)
+            where = f"from {self.last_checkpoint}"
+            if not self.last_checkpoint:
+                where = "from its beginning: it was stopped before its first checkpoint"
+            another = "" if config.run_name else "; --run-name resumes another one"
+            print(f"resuming run {run.name} {where}{another}")
+            self.trains_otherwise = trains_otherwise(run, self.state["config"], self.config)
         else:
-            self.name = config.run_name or time.strftime(f"{experiment}_%Y%m%d-%H%M%S")
+            now = time.strftime("%Y%m%d-%H%M%S")
+            self.name = config.run_name or f"{experiment}_{now}_{os.getpid()}"
         self.log_dir = Path(config.log_dir) / self.name
         self.checkpoint_dir = Path(config.checkpoint_path) / experiment / self.name
         self.bar = None
+        self.tensorboard = None
         self.stop_requested = False
+        self.saved_step = None  # the last that was to be saved
+        self.is_unsaved = False  # whether it could not be
         self.reported = set()  # what could not be written, so that it is said once
         self.skipped_in_a_row = self.state.get("skipped_in_a_row", 0)  # see check_updates
         self.without_spread = self.state.get("without_spread", 0)  # see watch
         self.nothing_learnt = ""  # what was seen in the last step without spread
         if config.max_steps == 0:
             return
-        self.check_is_new()
+        for folder in (self.checkpoint_dir, self.log_dir):
+            if folder.exists() and not config.resume:
+                self.refuse_name(folder)
         self.check_folder("--log-dir", config.log_dir)
         self.check_folder("--checkpoint-path", config.checkpoint_path)
 
-    def check_is_new(self) -> None:
-        """Refuse the name of a run that exists."""
-        for folder in (self.checkpoint_dir, self.log_dir):
-            if folder.exists() and not self.settings.resume:
-                advice = "choose another --run-name"
-                if is_run(self.checkpoint_dir):
-                    advice = f"continue it with --resume, or {advice}"
-                fail(f"run {self.name} exists ({folder}): {advice}")
+    def refuse_name(self, folder: Path):
+        """Of a new run, where a directory of that name exists."""
+        advice = "choose another --run-name"
+        if is_run(self.checkpoint_dir):
+            advice = f"continue it with --resume, or {advice}"
+        fail(f"run {self.name} exists ({folder}): {advice}")
 
     def check_folder(self, flag: str, path: str) -> None:
         """Refuse a log directory that cannot be written to; warn of such a checkpoint path."""
@@ -305,8 +368,12 @@ class Run:
             return
         content = {"started": time.time(), "config": self.config}
         with self.writing("run.json"):
-            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-            if self.is_changed and self.last_checkpoint:
+            try:
+                self.checkpoint_dir.mkdir(parents=True, exist_ok=self.settings.resume)
+            except FileExistsError:  # of a run that has begun since this one looked
+                self.refuse_name(self.checkpoint_dir)
+            self.lock()
+            if self.trains_otherwise and self.last_checkpoint:
                 (self.last_checkpoint / "keep").touch()  # it is what the earlier training came to
             write_aside(self.checkpoint_dir / "run.json", json.dumps(content, indent=1))
         with self.writing("metrics.jsonl"):
@@ -314,6 +381,15 @@ class Run:
             self.cut_metrics()
         signal.signal(signal.SIGINT, self.on_signal)
         signal.signal(signal.SIGTERM, self.on_signal)  # of Slurm, docker stop, spot machines
+
+    def lock(self) -> None:
+        """Refuse a run that another process is training. The lock goes with this process."""
+        self.lock_file = open(self.checkpoint_dir / "lock", "w")
+        try:
+            if fcntl:
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"run {self.name} is being trained by another process; wait for it, or stop it")
 
     def start(self, evaluation: dict) -> None:
         """Training begins, or goes on. evaluation: of the policy as it is now."""
@@ -324,9 +400,10 @@ class Run:
         self.before = self.state.get("before", evaluation)  # training began with this
         self.evaluation = evaluation
         first_step = step + 1 if step else 0
-        self.tensorboard = SummaryWriter(str(self.log_dir), purge_step=first_step)
         settings = "\n\n".join(f"{name}: {value}" for name, value in self.config.items())
-        self.tensorboard.add_text("config", settings, first_step)
+        with self.writing("the TensorBoard log"):
+            self.tensorboard = SummaryWriter(str(self.log_dir), purge_step=first_step)
+            self.tensorboard.add_text("config", settings, first_step)
         self.wandb = None
         if self.settings.wandb:
             import wandb
@@ -337,13 +414,16 @@ class Run:
             self.log(0, evaluation)
 
     def steps(self, last_step: int):
-        """The numbers of the steps that are left, with a progress bar."""
+        """The numbers of the steps that are left, until one is saved after a signal to stop."""
         done = self.state["step"]
         if done >= last_step:
             advice = "a higher --max-steps or --epochs goes on"
             print(f"nothing is left: {done} of {last_step} steps are done; {advice}")
         self.bar = tqdm(range(done + 1, last_step + 1), initial=done, total=last_step)
-        yield from self.bar
+        for step in self.bar:
+            yield step
+            if self.stop_requested and self.saved_step == step:
+                break
 
     def elapsed_seconds(self) -> float:
         """Since training began, over all its resumed parts."""
@@ -356,18 +436,21 @@ class Run:
             sys.exit(f"\nstopped; last checkpoint: {saved}")
         self.stop_requested = True
         name = signal.Signals(number).name
-        message = "this step is finished and saved; a second signal stops at once"
+        message = "finishing this step, then saving; a second signal stops at once"
         print(f"\n{name}: {message}", flush=True)
 
     def cut_metrics(self) -> None:
-        """Drop the lines of steps that are done again, and a last line that a kill cut off."""
+        """Drop the lines of steps that are done again, and what a kill or a full disk cut off."""
         path = self.log_dir / "metrics.jsonl"
         step = self.state["step"]
         kept = []
         if path.exists() and step:
-            for line in path.read_text().splitlines(keepends=True):
-                if line.endswith("}\n") and json.loads(line)["step"] <= step:
+            for line in path.read_text(errors="replace").splitlines(keepends=True):
+                if 0 <= step_of(line) <= step:
                     kept.append(line)
+        if step and len(kept) <= step:
+            missing = f"{step + 1 - len(kept)} of the lines up to step {step}"
+            print(f"warning: {path} lacks {missing}; they cannot be made again", flush=True)
         write_aside(path, "".join(kept))
 
     @contextmanager
@@ -387,13 +470,15 @@ class Run:
         with self.writing("metrics.jsonl"), open(self.log_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         figures = {name: value for name, value in metrics.items() if value is not None}
+        if text:
+            tqdm.write(text)
         with self.writing("the TensorBoard log"):
-            for name, value in figures.items():
-                self.tensorboard.add_scalar(name, value, step)
-            if text:
-                tqdm.write(text)
-                self.tensorboard.add_text("completion", text.replace("\n", "  \n"), step)
-            self.tensorboard.flush()
+            if self.tensorboard:
+                for name, value in figures.items():
+                    self.tensorboard.add_scalar(name, value, step)
+                if text:
+                    self.tensorboard.add_text("completion", text.replace("\n", "  \n"), step)
+                self.tensorboard.flush()
         if self.wandb:
             self.wandb.log(figures, step=step)
         if "eval_accuracy" in metrics:
@@ -438,6 +523,7 @@ class Run:
         They are written aside and renamed, so that a checkpoint is whole or absent. An error
         costs this checkpoint, not the run.
         """
+        self.saved_step = step
         final = self.checkpoint_dir / f"step_{step:06d}"
         aside = self.checkpoint_dir / "writing"
         state = {
@@ -454,23 +540,28 @@ class Run:
             policy.save_pretrained(aside, **adapter)
             tokenizer.save_pretrained(aside)
             torch.save({**state, "step": step, "config": self.config}, aside / "trainer.pt")
+            delete_aside(final)  # left where a checkpoint was deleted in part
             os.replace(aside, final)
         except WRITE_ERRORS as error:
             shutil.rmtree(aside, ignore_errors=True)
-            message = f"checkpoint {final} cannot be written ({error}); training goes on"
-            print(f"\nwarning: {message}", flush=True)
+            self.is_unsaved = True
+            message = f"checkpoint {final} cannot be written ({error}{free_space(aside)})"
+            print(f"\nwarning: {message}; training goes on", flush=True)
             return
+        self.is_unsaved = False
         self.last_checkpoint = final
         for old in checkpoints_of(self.checkpoint_dir)[:-KEPT_CHECKPOINTS]:
             if not (old / "keep").exists():
-                shutil.rmtree(old, ignore_errors=True)
+                with self.writing(f"{old}, which is to be deleted,"):
+                    delete_aside(old)
 
     def close(self) -> None:
         """End the logs and say what came out of the run and where it lies."""
         if self.bar is not None:
             self.bar.close()
         with self.writing("the TensorBoard log"):
-            self.tensorboard.close()
+            if self.tensorboard:
+                self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
         after = self.evaluation
@@ -480,10 +571,12 @@ class Run:
                 gains.append(f"{name} {value:.4f} -> {after[name]:.4f}")
         seconds = f"in {self.elapsed_seconds():.0f} s"
         print(f"\nheld out ({after['eval_count']} prompts): {', '.join(gains)}, {seconds}")
-        if self.without_spread >= NO_SPREAD_STEPS:
+        if self.without_spread >= NO_SPREAD_STEPS and self.nothing_learnt:
             print(f"warning: in the last {self.without_spread} steps {self.nothing_learnt}")
         curves = f"tensorboard --logdir {self.log_dir.parent}"
         print(f"logs: {self.log_dir} ({curves}); checkpoint: {self.last_checkpoint}")
+        if self.is_unsaved:
+            fail("the last policy is not saved, see the warning above")
 
 
 # ---------------------------------------------------------------- figures of a step

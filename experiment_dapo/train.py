@@ -33,6 +33,7 @@ from typing import Literal
 import torch
 import tyro
 from data import (
+    characters_of,
     choose_rows,
     is_same_number,
     last_number,
@@ -63,10 +64,11 @@ from run import (
     NonNegativeFloat,
     NonNegativeInt,
     OptionalInt,
-    PositiveFloat,
     PositiveInt,
     Run,
+    Seed,
     Share,
+    Temperature,
     check_config,
     fail,
     is_due,
@@ -95,7 +97,7 @@ class Config:
     # The project at Weights & Biases.
     wandb_project: str = "grpo"
     # Decides the prompts' order, the samples and LoRA's first weights.
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     # Which CUDA device. Default: the first, else Apple's, else the CPU.
     device_index: OptionalInt = None
     # Holds <experiment>/<run-name>/step_000020.
@@ -163,7 +165,7 @@ class Config:
     # and more sampling. 1 drops the groups that teach nothing and replaces none.
     max_sampling_rounds: PositiveInt = 10
     # Higher: more varied completions. Every log-prob of the loss is taken at this temperature.
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     # Tokens of prompt and completion together.
     max_length: PositiveInt = 512
     # Tokens of a completion. Higher: fewer are cut off, and sampling takes longer.
@@ -234,13 +236,13 @@ def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]
 
 
 def left_out_by(where: str, row: dict, config: Config) -> str:
-    """The flag that leaves a row out; "" where it is selected."""
+    """The constant that leaves a row out; "" where it is selected."""
     if number_of(where, row, "num_terms", 0) > config.max_terms:
-        return "--max-terms"
+        return "max_terms"
     if number_of(where, row, "num_digits", 0) > config.max_digits:
-        return "--max-digits"
-    if not set(str(row.get("operators", ""))) <= set(config.operators):
-        return "--operators"
+        return "max_digits"
+    if not characters_of(where, row, "operators") <= set(config.operators):
+        return "operators"
     return ""
 
 
@@ -250,7 +252,8 @@ def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
     answer = text_of(where, row, "--answer-field", config.answer_field)
     answer = answer.split("####")[-1].strip()
     if parse_number(answer) is None:
-        fail(f"{where}: field {config.answer_field!r} must be a number, is {answer[:50]!r}")
+        wanted = "must be a number of at most 50 characters"
+        fail(f"{where}: field {config.answer_field!r} {wanted}, is {answer[:50]!r}")
 
     text = render_prompt(tokenizer, config.system_prompt, question)
     # The template has written BOS already, where the model has one.
@@ -489,7 +492,7 @@ def add_old_and_reference_log_probs(
 
 # ---------------------------------------------------------------- evaluation
 def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config) -> dict[str, float]:
-    """Greedy accuracy on the held-out prompts: as it is rewarded, and by the last number alone."""
+    """Greedy accuracy on the held-out prompts: as it is rewarded, and leniently."""
     right = 0
     right_leniently = 0
     for experience in rollout(policy, tokenizer, prompts, 1, config):
@@ -511,7 +514,7 @@ def main(config: Config) -> None:
         print(f"{name}: {value}")
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
-    run = Run(config, EXPERIMENT)
+    run = Run(config, EXPERIMENT, prompts)
     policy, reference = load_model(config, device, run.last_checkpoint)
     run.open()  # from here on it can be resumed
     evaluation = evaluate(policy, tokenizer, eval_prompts, config)
@@ -589,8 +592,7 @@ def main(config: Config) -> None:
         if is_due(step, config.log_completions_interval):
             shown = show_completion(experiences[0], tokenizer)
         run.log(step, metrics, shown)
-        is_last = is_last or run.stop_requested  # by Ctrl-C or SIGTERM
-        if is_last or is_due(step, config.checkpoint_interval):
+        if is_last or run.stop_requested or is_due(step, config.checkpoint_interval):
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             state["prompt_cursor"] = cursor
             run.save(step, policy, tokenizer, state)

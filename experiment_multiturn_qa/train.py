@@ -54,10 +54,11 @@ from run import (
     NonNegativeFloat,
     NonNegativeInt,
     OptionalInt,
-    PositiveFloat,
     PositiveInt,
     Run,
+    Seed,
     Share,
+    Temperature,
     check_config,
     fail,
     is_due,
@@ -86,7 +87,7 @@ class Config:
     # The project at Weights & Biases.
     wandb_project: str = "grpo"
     # Decides the prompts' order, the samples and LoRA's first weights.
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     # Which CUDA device. Default: the first, else Apple's, else the CPU.
     device_index: OptionalInt = None
     # Holds <experiment>/<run-name>/step_000020.
@@ -147,7 +148,7 @@ class Config:
     # Prompts of a step. Higher: a less noisy gradient, and longer steps.
     rollouts_per_step: PositiveInt = 16
     # Higher: more varied completions. Every log-prob of the loss is taken at this temperature.
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     # Turns of the policy. Higher: more calls are possible. A call in the last turn is not run.
     max_turns: PositiveInt = 4
     # Tokens of a whole row: the prompt, what is sampled, and the results.
@@ -537,7 +538,7 @@ def main(config: Config) -> None:
         print(f"{name}: {value}")
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts, search = read_prompts(config, tokenizer)
-    run = Run(config, EXPERIMENT)
+    run = Run(config, EXPERIMENT, prompts)
     policy, reference = load_model(config, device, run.last_checkpoint)
     run.open()  # from here on it can be resumed
     evaluation = evaluate(policy, tokenizer, eval_prompts, config, search)
@@ -618,8 +619,7 @@ def main(config: Config) -> None:
         if is_due(step, config.log_completions_interval):
             shown = show_trajectory(experiences[0], tokenizer)
         run.log(step, metrics, shown)
-        is_last = is_last or run.stop_requested  # by Ctrl-C or SIGTERM
-        if is_last or is_due(step, config.checkpoint_interval):
+        if is_last or run.stop_requested or is_due(step, config.checkpoint_interval):
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             run.save(step, policy, tokenizer, state)
         if is_last:

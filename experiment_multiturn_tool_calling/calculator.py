@@ -1,18 +1,16 @@
 """The tool: a calculator that is safe to run on what a language model writes,
 and what the model is told of it.
 
-Arithmetic through a whitelist of syntax nodes. It is exact, in fractions, while the numbers
-are short. Where they grow too long, such as in compound interest, it computes with 60 significant
-digits, and says that the result is rounded. Whatever could take long or much memory is refused
-before it is computed, and every failure is a short text that begins with "Error:", never an
-exception.
+Arithmetic through a whitelist of syntax nodes. It is exact, in fractions, while the numbers are
+short. Where they grow too long, as in compound interest, it goes on with 400 significant digits,
+and says that the result is rounded. Whatever could take long or much memory is refused before it is
+computed, and every failure is a short text that begins with "Error:", never an exception.
 """
 
 import ast
 import decimal
 import operator
 import re
-from collections.abc import Callable
 from decimal import Context, Decimal
 from fractions import Fraction
 
@@ -20,13 +18,13 @@ from calls import describe_tool, parse_tool_call
 
 MAX_CHARACTERS = 200  # of an expression
 MAX_DEPTH = 20  # of parentheses
-# Of the numerator and the denominator of an exact number, and of a rounded one before or behind
-# its point; on the way and in the end.
+# Of the numerator and the denominator of an exact number, and of a rounded one before its point or
+# behind it; on the way and in the end.
 MAX_DIGITS = 100
 ROUNDED = Context(prec=12)  # significant digits of a result that is not exact
-# A rounded result must be the same in both, or digits have cancelled each other.
-PRECISIONS = (60, 90)
-SIZES = (decimal.InvalidOperation, decimal.Overflow, decimal.Underflow)  # beyond 10**+-999
+# On the way to such a result. Each operation loses a few, and an expression is short.
+LONG = Context(prec=400, Emin=-999, Emax=999, traps=[decimal.Overflow, decimal.Underflow])
+CANCELLED = Decimal("1e-10")  # a sum that is smaller, beside its terms, has lost its digits
 OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -44,8 +42,6 @@ class Refused(Exception):
 
 
 class TooLong(Refused):
-    """An exact number has more than MAX_DIGITS digits; a rounded one may not."""
-
     def __init__(self) -> None:
         super().__init__(f"a number with more than {MAX_DIGITS} digits")
 
@@ -59,13 +55,12 @@ def calculator(expression: str) -> str:
     try:
         check_text(expression)
         source = expression.strip()
-        node = ast.parse(source, mode="eval").body
-        try:
-            return format_number(compute(node, source, exact))
-        except TooLong:
-            return round_number(node, source)
-    except (ZeroDivisionError, decimal.DivisionByZero):
+        with decimal.localcontext(LONG):
+            return format_number(compute(ast.parse(source, mode="eval").body, source))
+    except ZeroDivisionError:
         return "Error: division by zero"
+    except (decimal.Overflow, decimal.Underflow):
+        return f"Error: {TooLong()}"
     except Refused as error:
         return f"Error: {error}"
     except (SyntaxError, MemoryError, RecursionError, ValueError):  # of the parser
@@ -88,85 +83,73 @@ def check_text(expression: str) -> None:
         raise Refused("unbalanced parentheses")
 
 
-def compute(node: ast.expr, source: str, apply: Callable):
-    """The value of a syntax node of `source`. apply(node, *values) is that of one operation."""
+def compute(node: ast.expr, source: str) -> Fraction | Decimal:
+    """The value of a syntax node of `source`: exact as a Fraction, else rounded as a Decimal."""
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        # from the text: 0.1 is 1/10
-        return apply(node, source[node.col_offset : node.end_col_offset])
+        text = source[node.col_offset : node.end_col_offset]  # from the text: 0.1 is 1/10
+        return Fraction(text) if is_short(Fraction(text)) else check_size(+Decimal(text))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        value = compute(node.operand, source, apply)
+        value = compute(node.operand, source)
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = compute(node.left, source, apply), compute(node.right, source, apply)
-        return apply(node, left, right)
+        return apply(type(node.op), compute(node.left, source), compute(node.right, source))
     raise Refused(NOT_ARITHMETIC)
 
 
-def exact(node: ast.expr, *values) -> Fraction:
-    """A number's text or an operation on two Fractions as a Fraction."""
-    if isinstance(node, ast.Constant):
-        value = Fraction(*values)
-    else:
-        if isinstance(node.op, ast.Pow):
-            check_power(*values)
-        value = Fraction(OPERATORS[type(node.op)](*values))
-    if max(abs(value.numerator), value.denominator) >= 10**MAX_DIGITS:
-        raise TooLong
+def apply(operation: type, left, right) -> Fraction | Decimal:
+    """An operation on two values: exact where both are and the result is short, else rounded."""
+    if operation is ast.Pow and right % 1:
+        raise Refused("exponents must be integers")
+    if operation is ast.Pow and not right:
+        return Fraction(1)  # also of 0, as in Python
+    if not right and operation in (ast.Div, ast.FloorDiv, ast.Mod):
+        raise ZeroDivisionError
+    if not left and operation is ast.Pow and right < 0:
+        raise ZeroDivisionError
+    both_exact = isinstance(left, Fraction) and isinstance(right, Fraction)
+    if both_exact and not (operation is ast.Pow and is_long_power(left, right)):
+        value = Fraction(OPERATORS[operation](left, right))
+        if is_short(value):
+            return value
+    if operation in (ast.FloorDiv, ast.Mod):
+        raise TooLong  # a remainder of a rounded number means nothing
+    left, right = round_to_decimal(left), round_to_decimal(right)
+    value = check_size(OPERATORS[operation](left, right))
+    if operation in (ast.Add, ast.Sub) and abs(value) < CANCELLED * max(abs(left), abs(right)):
+        raise Refused("the digits of the result cancel each other")
     return value
 
 
-def check_power(base: Fraction, exponent: Fraction) -> None:
-    """Refuse a power before it is computed.
+def is_short(value: Fraction) -> bool:
+    return max(abs(value.numerator), value.denominator) < 10**MAX_DIGITS
+
+
+def is_long_power(base: Fraction, exponent: Fraction) -> bool:
+    """Whether a power is too long, without computing it.
     It has at least |exponent| x (bits of base - 1) bits."""
-    if exponent.denominator != 1:
-        raise Refused("exponents must be integers")
     bits = max(base.numerator.bit_length(), base.denominator.bit_length()) - 1
-    if abs(exponent) * bits > (10**MAX_DIGITS).bit_length():
-        raise TooLong
+    return abs(exponent) * bits > (10**MAX_DIGITS).bit_length()
 
 
-def rounded(node: ast.expr, *values) -> Decimal:
-    """The same with Decimals, in the precision of the current context."""
-    if isinstance(node, ast.Constant):
-        value = +Decimal(*values)
-    elif isinstance(node.op, (ast.FloorDiv, ast.Mod)):
-        raise TooLong  # a remainder of a rounded number means nothing
-    elif isinstance(node.op, ast.Pow) and values[1] != values[1].to_integral_value():
-        raise Refused("exponents must be integers")
-    else:
-        value = OPERATORS[type(node.op)](*values)
+def round_to_decimal(value: Fraction | Decimal) -> Decimal:
+    if isinstance(value, Decimal):
+        return value
+    return Decimal(value.numerator) / Decimal(value.denominator)
+
+
+def check_size(value: Decimal) -> Decimal:
     if value and abs(value.adjusted()) >= MAX_DIGITS:
         raise TooLong
     return value
 
 
-def round_number(node: ast.expr, source: str) -> str:
-    """The value of a syntax node to 12 significant digits, in Decimals."""
-    results = set()
-    for precision in PRECISIONS:
-        context = Context(
-            prec=precision, Emin=-999, Emax=999, traps=[decimal.DivisionByZero, *SIZES]
-        )
-        with decimal.localcontext(context):
-            try:
-                value = compute(node, source, rounded)
-            except SIZES as error:
-                raise TooLong from error
-            results.add(f"about {ROUNDED.plus(value).normalize():f}")
-    if len(results) > 1:
-        raise Refused("the digits of the result cancel each other")
-    return results.pop()
-
-
-def format_number(value: Fraction) -> str:
-    """A number whose decimals end, in full; else rounded to 12 significant digits, which it says.
-
-    Both without an exponent.
-    """
-    if value.denominator == 1:
+def format_number(value: Fraction | Decimal) -> str:
+    """An integer in full, and what else has at most 12 significant digits; else rounded to 12, with
+    "about" before it. Without an exponent."""
+    if isinstance(value, Fraction) and value.denominator == 1:
         return str(value.numerator)
-    quotient = ROUNDED.divide(Decimal(value.numerator), Decimal(value.denominator)).normalize()
-    return f"{quotient:f}" if Fraction(quotient) == value else f"about {quotient:f}"
+    text = f"{ROUNDED.plus(round_to_decimal(value)).normalize(ROUNDED):f}"
+    return text if Fraction(text) == value and isinstance(value, Fraction) else f"about {text}"
 
 
 # What the policy is told of the tool, and what comes of its calls

@@ -11,19 +11,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import jinja2
 import torch
-from run import fail  # before peft: it quiets bitsandbytes
+from run import DAMAGED, fail, first_line  # before peft: it quiets bitsandbytes
 from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
@@ -39,15 +38,13 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 # Llama's template would print today's date, and a run could not be repeated.
 DATE = {"date_string": "26 Jul 2024"}
-# What transformers, PEFT and safetensors raise where a model cannot be loaded.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
 TEST_AT_MOST = {"max_prompts": 100, "max_eval_prompts": 100, "max_steps": 100}
 TEST_CHECKPOINT_INTERVAL = 50
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Of a GPU, of its matrix library's own memory, or of the machine."""
-    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
+    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory", "overflowed")
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or any(text in str(error) for text in texts)
 
@@ -59,9 +56,8 @@ def out_of_memory_names(constant: str):
         yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            first_line = str(error).splitlines()[:1]
             untouched = "the last checkpoint is untouched"
-            fail(f"out of memory: lower {constant}; {untouched} ({first_line})")
+            fail(f"out of memory: lower {constant}; {untouched} ({first_line(error)})")
         raise
 
 
@@ -131,11 +127,11 @@ def load_pretrained(name: str, config, device: torch.device, trainable: bool):
             device_map={"": device},
             output_loading_info=True,
         )
-    except LOADING_ERRORS as error:
+    except Exception as error:
         if is_out_of_memory(error):
             raise
         fail_to_load(name, error)
-    check_weights(name, model, report["missing_keys"])
+    check_model(name, model, report["missing_keys"])
     if device.type == "cpu":
         align_weights(model)
     return model
@@ -145,7 +141,7 @@ def load_model_config(name: str):
     """The config of a model, where it is a causal LM that the loss can be taken of."""
     try:
         model_config = AutoConfig.from_pretrained(name)
-    except LOADING_ERRORS as error:
+    except Exception as error:
         fail_to_load(name, error)
     architectures = model_config.architectures or []
     heads = ("CausalLM", "LMHead", "ConditionalGeneration")
@@ -159,8 +155,13 @@ def load_model_config(name: str):
     return model_config
 
 
-def check_weights(name: str, model, missing_keys) -> None:
+def check_model(name: str, model, missing_keys) -> None:
     """Refuse a model that lacks weights, which would be random, or that holds NaN or infinity."""
+    eos = model.generation_config.eos_token_id
+    if not all(
+        isinstance(number, int) for number in (eos if isinstance(eos, list) else [eos or 0])
+    ):
+        fail(f"--model-name {name}: eos_token_id must be a number or a list of them, is {eos!r}")
     if missing_keys:
         some = ", ".join(sorted(missing_keys)[:3])
         fail(f"--model-name {name}: {len(missing_keys)} weights are missing, such as {some}")
@@ -190,7 +191,7 @@ def load_tokenizer(config):
         name = base
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except LOADING_ERRORS as error:
+    except Exception as error:
         fail_to_load(name, error)
     if not tokenizer.chat_template:
         advice = "take an instruction-tuned (-Instruct) model"
@@ -199,14 +200,19 @@ def load_tokenizer(config):
     positions = getattr(text_config, "max_position_embeddings", None) or math.inf
     if config.max_length > positions:
         fail(f"--max-length {config.max_length}: {base} has {positions} positions; take fewer")
-    if len(tokenizer) > text_config.vocab_size:
+    if len(tokenizer) > (text_config.vocab_size or 0):
         sizes = f"has {len(tokenizer)} tokens, its model only {text_config.vocab_size}"
         fail(f"--model-name {name}: its tokenizer {sizes}; they do not belong together")
+    try:
+        text = render_prompt(tokenizer, "SYSTEM", "QUESTION")
+        text = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
+    except Exception as error:  # whatever a template does
+        fail(f"--model-name {name}: its chat template cannot be used ({first_line(error)})")
+    for part in ("system", "question"):
+        if part not in text.lower():
+            lost = f"its chat template or tokenizer loses the {part}: {text[:100]!r}"
+            fail(f"--model-name {name}: {lost}; a file may be missing")
     if not takes_system_message(tokenizer):
-        try:
-            render_prompt(tokenizer, "SYSTEM", "QUESTION")
-        except jinja2.TemplateError as error:
-            fail(f"--model-name {name}: its chat template cannot be used ({error})")
         where = "the system prompt is put before the question"
         print(f"warning: {name}: its chat template drops a system message; {where}", flush=True)
     return tokenizer
@@ -217,18 +223,33 @@ def base_model_of(name: str) -> str:
     if not (Path(name) / "adapter_config.json").is_file():
         return name
     try:
-        return PeftConfig.from_pretrained(name).base_model_name_or_path
-    except LOADING_ERRORS as error:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except Exception as error:
         fail_to_load(name, error)
+    if not base:
+        fail(f"--model-name {name}: its adapter_config.json names no base model")
+    return base
+
+
+def check_adapter(name: str, policy) -> None:
+    """Refuse an adapter's directory that lacks weights, which would be fresh, or that holds NaN."""
+    expected = get_peft_model_state_dict(policy)
+    found = load_peft_weights(name, device="cpu")
+    for key in expected:
+        if key not in found:
+            raise ValueError(f"the weight {key} is missing")
+        if not found[key].isfinite().all():
+            raise ValueError(f"the weight {key} holds NaN or infinity")
 
 
 def fail_to_load(name: str, error: Exception):
-    hint = (
-        "name a local model by its directory; "
-        "for a gated one accept its licence on huggingface.co and `hf auth login`"
-    )
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    fail(f"--model-name {name}: cannot be loaded ({hint}): {reason[:300]}")
+    hint = "name a local model by its directory; "
+    hint += "for a gated one accept its licence on huggingface.co and `hf auth login`"
+    if (Path(name) / "trainer.pt").is_file():
+        hint = DAMAGED
+    elif Path(name).is_dir():
+        hint = "a file in this directory is missing, damaged, or of no model that is known here"
+    fail(f"--model-name {name}: cannot be loaded ({hint}): {first_line(error)}")
 
 
 def render_prompt(tokenizer, system: str, question: str) -> str:
@@ -244,7 +265,7 @@ def takes_system_message(tokenizer) -> bool:
     chat = [{"role": "system", "content": "SYSTEM"}, {"role": "user", "content": "."}]
     try:
         return "SYSTEM" in tokenizer.apply_chat_template(chat, tokenize=False, **DATE)
-    except jinja2.TemplateError:
+    except Exception:  # jinja2's own or Python's, such as of a sum of a list and a number
         return False
 
 
@@ -281,7 +302,7 @@ def can_pack(model_config, max_length: int) -> bool:
     return has_rotary and not has_alibi and takes_a_mask and set(layer_types) <= exact
 
 
-@out_of_memory_names("lora_rank, or take a smaller model_name")
+@out_of_memory_names("the size of model_name, or lora_rank")
 def load_model(config, device: torch.device, checkpoint: Path | None = None):
     """(policy, reference). The reference is the policy that training began with, also on a resume.
 
@@ -290,27 +311,18 @@ def load_model(config, device: torch.device, checkpoint: Path | None = None):
     """
     torch.manual_seed(config.seed)  # of LoRA's first weights
     base = base_model_of(config.model_name)
-    is_adapter = base != config.model_name
-    lora = is_adapter or config.lora_rank > 0
+    lora = base != config.model_name or config.lora_rank > 0
     name = str(checkpoint) if checkpoint and not lora else base
     policy = load_pretrained(name, config, device, trainable=not lora)
     reference = None
-    if is_adapter:
-        try:
-            policy = PeftModel.from_pretrained(policy, config.model_name, is_trainable=True)
-            policy.load_adapter(config.model_name, "reference")
-        except LOADING_ERRORS as error:
-            fail_to_load(config.model_name, error)
-    elif lora:
-        rank = config.lora_rank
-        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        policy = get_peft_model(policy, adapter)
+    if lora:
+        policy = add_adapter(policy, config, is_saved=base != config.model_name)
+        if checkpoint:
+            load_adapter(policy, checkpoint, device)
     elif config.kl_weight:
         reference = load_pretrained(base, config, device, trainable=True)
         reference.requires_grad_(False).eval()
         halve_linear_layers(reference, config)
-    if checkpoint and lora:
-        set_peft_model_state_dict(policy, load_peft_weights(str(checkpoint), device=str(device)))
     if config.gradient_checkpointing:
         arguments = {"use_reentrant": False}
         unwrap(policy).activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
@@ -344,6 +356,36 @@ def let_autocast_cast(policy) -> None:
     for module in policy.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
+
+
+def add_adapter(policy, config, is_saved: bool) -> PeftModel:
+    """The policy with a LoRA adapter: a fresh one, or the saved one that model_name is.
+
+    Of a saved one there is a second copy, which is the reference.
+    """
+    if not is_saved:
+        rank = config.lora_rank
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        return get_peft_model(policy, adapter)
+    if config.lora_rank:
+        print(f"--lora-rank is not used: {config.model_name} is an adapter, with its own rank")
+    try:
+        policy = PeftModel.from_pretrained(policy, config.model_name, is_trainable=True)
+        policy.load_adapter(config.model_name, "reference")
+        check_adapter(config.model_name, policy)
+    except Exception as error:
+        fail_to_load(config.model_name, error)
+    return policy
+
+
+def load_adapter(policy, checkpoint: Path, device: torch.device) -> None:
+    """Give the adapter the weights that a checkpoint has of it."""
+    try:
+        check_adapter(str(checkpoint), policy)
+        weights = load_peft_weights(str(checkpoint), device=str(device))
+        set_peft_model_state_dict(policy, weights)
+    except Exception as error:
+        fail_to_load(str(checkpoint), error)
 
 
 def unwrap(policy):

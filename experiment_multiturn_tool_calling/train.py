@@ -61,10 +61,11 @@ from run import (
     NonNegativeFloat,
     NonNegativeInt,
     OptionalInt,
-    PositiveFloat,
     PositiveInt,
     Run,
+    Seed,
     Share,
+    Temperature,
     check_config,
     fail,
     is_due,
@@ -92,7 +93,7 @@ class Config:
     # The project at Weights & Biases.
     wandb_project: str = "grpo"
     # Decides the prompts' order, the samples and LoRA's first weights.
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     # Which CUDA device. Default: the first, else Apple's, else the CPU.
     device_index: OptionalInt = None
     # Holds <experiment>/<run-name>/step_000020.
@@ -155,7 +156,7 @@ class Config:
     # Prompts of a step. Higher: a less noisy gradient, and longer steps.
     rollouts_per_step: PositiveInt = 16
     # Higher: more varied completions. Every log-prob of the loss is taken at this temperature.
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     # Turns of the policy. Higher: more calls are possible. A call in the last turn is not run.
     max_turns: PositiveInt = 4
     # Tokens of a whole row: the prompt, what is sampled, and the results.
@@ -228,11 +229,11 @@ def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]
 
 
 def left_out_by(where: str, row: dict, config: Config) -> str:
-    """The flag that leaves a row out; "" where it is selected."""
+    """The constant that leaves a row out; "" where it is selected."""
     if number_of(where, row, "num_digits", config.min_digits) < config.min_digits:
-        return "--min-digits"
+        return "min_digits"
     if config.operator not in str(row.get("operators", config.operator)):
-        return "--operator"
+        return "operator"
     return ""
 
 
@@ -242,7 +243,8 @@ def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
     answer = text_of(where, row, "--answer-field", config.answer_field)
     answer = answer.split("####")[-1].strip()
     if parse_number(answer) is None:
-        fail(f"{where}: field {config.answer_field!r} must be a number, is {answer[:50]!r}")
+        wanted = "must be a number of at most 50 characters"
+        fail(f"{where}: field {config.answer_field!r} {wanted}, is {answer[:50]!r}")
 
     text = render_prompt(tokenizer, config.system_prompt + TOOL_PROMPT, question)
     # The template has written BOS already, where the model has one.
@@ -532,7 +534,7 @@ def add_old_and_reference_log_probs(
 
 # ---------------------------------------------------------------- evaluation
 def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config) -> dict[str, float]:
-    """Greedy accuracy on the held-out prompts: as it is rewarded, by the last number alone, without
+    """Greedy accuracy on the held-out prompts: as it is rewarded, leniently, without
     the tool (each call comes back with an error), and by the number of digits."""
     experiences = rollout(policy, tokenizer, prompts, 1, config, tool=calculator)
     without_tool = rollout(policy, tokenizer, prompts, 1, config, tool=broken)
@@ -563,7 +565,7 @@ def main(config: Config) -> None:
         print(f"{name}: {value}")
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
-    run = Run(config, EXPERIMENT)
+    run = Run(config, EXPERIMENT, prompts)
     policy, reference = load_model(config, device, run.last_checkpoint)
     run.open()  # from here on it can be resumed
     evaluation = evaluate(policy, tokenizer, eval_prompts, config)
@@ -639,8 +641,7 @@ def main(config: Config) -> None:
         if is_due(step, config.log_completions_interval):
             shown = show_trajectory(experiences[0], tokenizer)
         run.log(step, metrics, shown)
-        is_last = is_last or run.stop_requested  # by Ctrl-C or SIGTERM
-        if is_last or is_due(step, config.checkpoint_interval):
+        if is_last or run.stop_requested or is_due(step, config.checkpoint_interval):
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             run.save(step, policy, tokenizer, state)
         if is_last:

@@ -54,7 +54,18 @@ calculator, parse_call, run_call = (
         ("1.0000001 ** 99999999", "about 22026.4525789"),
         ("0 * 1.005 ** 90", "about 0"),
         ("1 / 8", "0.125"),
-        ("1 / (1.001 ** 500 - 1.001 ** 500)", "Error: division by zero"),
+        ("1.001 ** 500 - 1.001 ** 500", "Error: the digits of the result cancel each other"),
+        (
+            "(1.1 ** 300 + 10 ** -95 - 1.1 ** 300) * 10 ** 95",
+            "Error: the digits of the result cancel each other",
+        ),
+        ("1.1 ** 300 - 1.1 ** 299", "about 237910090563"),
+        ("(0 * 1.1 ** 300) ** -1", "Error: division by zero"),
+        ("0 / (0 * 1.1 ** 300)", "Error: division by zero"),
+        ("7 // 2 * 1.05 ** 120", "about 1046.735957"),
+        ("(-1) ** (1.1 ** 2300)", "Error: exponents must be integers"),
+        ("1234567890123.25", "about 1234567890120"),
+        ("0.5 ** 400", "Error: a number with more than 100 digits"),
         ("7 ** 200 // 3", "Error: a number with more than 100 digits"),
         ("1.005 ** 90 ** 0.5", "Error: exponents must be integers"),
         ("-1 / 7", "about -0.142857142857"),
@@ -431,5 +442,5 @@ def test_other_data_brings_its_own_held_out_rows(tmp_path):
 def test_the_calculator_is_offered_by_default():
     config = train.Config()
     assert config.generate_max_length == config.max_turns * config.max_new_tokens == 256
-    with pytest.raises(SystemExit, match="--max-turns 0: must be in the range INT>=1"):
+    with pytest.raises(SystemExit, match="--max-turns 0: must be a number from 1 to"):
         train.main(train.Config(max_turns=0, model_name="/nowhere"))

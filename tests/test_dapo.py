@@ -317,6 +317,6 @@ def test_first_loss_is_minus_the_mean_advantage_of_the_tokens_in_the_loss(
 
 def test_refuses_no_rounds(tmp_path, model):
     with pytest.raises(
-        SystemExit, match="^error: --max-sampling-rounds 0: must be in the range INT>=1"
+        SystemExit, match="^error: --max-sampling-rounds 0: must be a number from 1 to"
     ):
         run_main(tmp_path, model, experiment="experiment_dapo", max_sampling_rounds=0)

@@ -64,5 +64,5 @@ def test_refusals(changes, said, tmp_path, monkeypatch):
 
 def test_a_broken_line_is_named(tmp_path):
     run = write_run(tmp_path / "a", ROWS[:1], tail='{"step": \n{"step": 2}\n')
-    with pytest.raises(SystemExit, match="metrics.jsonl, line 2: not JSON"):
+    with pytest.raises(SystemExit, match="metrics.jsonl, line 2: not a line of"):
         plot.read_metrics(run)

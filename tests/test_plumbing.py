@@ -439,7 +439,7 @@ SPREAD = (1, 0, 0, 0)
 
 def make_run(tmp_path):
     places = dict(log_dir=str(tmp_path / "runs"), checkpoint_path=str(tmp_path / "output"))
-    return train.Run(config_of(run_name="run", **places), "experiment_base")
+    return train.Run(config_of(run_name="run", **places), "experiment_base", [])
 
 
 def watch(run, steps, capsys) -> dict[int, str]:

@@ -366,7 +366,8 @@ def test_a_malformed_question_is_named_with_its_line(change, tmp_path):
     (field,) = change
     data = write_data(tmp_path, [ROW] * 20 + [ROW | change] + [ROW] * 20)
     with pytest.raises(
-        SystemExit, match=f"questions.json, line 22: field '{field}' (is missing or empty|must be)"
+        SystemExit,
+        match=f"questions.json, row 21, line 22: field '{field}' (is missing or empty|must be)",
     ):
         train.read_prompts(config_of(data_path=data), QWEN)
 
@@ -375,7 +376,10 @@ def test_a_malformed_question_is_named_with_its_line(change, tmp_path):
     "text, message",
     [
         ("[\n{},\n{]", r"questions.json: cannot be read: .*line 3 column 2"),
-        ("[\n{},\n\n 5\n]", r"questions.json, line 4: expected an object with fields, found int"),
+        (
+            "[\n{},\n\n 5\n]",
+            r"questions.json, row 2, line 4: expected an object with fields, found int",
+        ),
         ('{"a": []}', r"questions.json: expected a list of objects"),
         ("[]", r"0 of 0 prompts selected, 0 of 0 held out"),
     ],
@@ -402,7 +406,8 @@ def test_lines_of_a_list_in_json(elements, data):
         text += json.dumps(element, indent=data.draw(st.sampled_from([None, 2]))) + " \n"
         text += "," if i + 1 < len(elements) else ""
     found = list(run.read_json_list("f", text + "]"))
-    assert found == [(f"f, line {line}", element) for line, element in zip(lines, elements)]
+    expected = [(f"f, row {i}, line {line}") for i, line in enumerate(lines, 1)]
+    assert found == list(zip(expected, elements))
 
 
 def test_max_length_fits_the_results_of_all_turns_or_a_warning_says_so(capsys):
@@ -782,5 +787,5 @@ def test_refusals_before_anything_is_loaded():
         (dict(top_k=0), "--top-k 0"),
         (dict(max_result_tokens=0), "--max-result-tokens 0"),
     ):
-        with pytest.raises(SystemExit, match=f"{message}: must be in the range INT>=1"):
+        with pytest.raises(SystemExit, match=f"{message}: must be a number from 1 to"):
             train.main(train.Config(**changes, model_name="/nowhere"))

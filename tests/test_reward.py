@@ -39,9 +39,14 @@ def close(text):
         ("\N{MINUS SIGN}42", "-42"),  # what a model may print for a minus
         ("-0", "0"),
         ("007", "7"),
+        (".5", "0.5"),
+        ("-.5", "-0.5"),
+        ("72\N{NO-BREAK SPACE}km", "72"),
+        ("72 \N{DEGREE SIGN}C", "72"),
         ("1,234", "1234"),
         ("$1,234,567.50.", "1234567.5"),
         ("9" * 50, "9" * 50),
+        ("-" + "9" * 40, "-" + "9" * 40),  # -Decimal(...) would round to 28 digits
     ],
 )
 def test_numbers_that_are_read(text, number):
@@ -61,7 +66,6 @@ def test_numbers_that_are_read(text, number):
         "--4",
         "4-",
         "42..",
-        ".5",
         "1,23",
         "12,34",
         "1,2345",
@@ -115,8 +119,11 @@ SPELLINGS = [
     ("\\boxed{72}", True, "boxed"),
     ("$\\boxed{72}$", True, "boxed"),
     ("\\(72\\)", True, "as LaTeX"),
+    ("\\[72\\]", True, "as LaTeX"),
     ("72 thousand", False, "another number"),
     ("72 dozen", False, "another number"),
+    ("72 millions", False, "another number"),
+    ("72 bn", False, "another number"),
     ("72 square meters", False, "two words"),
     ("72km", False, "a unit without a space"),
     ("x = 72", False, "an equation"),
@@ -298,6 +305,11 @@ def test_reward_is_accuracy_plus_a_weighted_form():
         (GOOD, "42", True),
         ("The answer is 42.", "42", True),
         ("40+2=42", "42", True),
+        ("It is .42", "42", False),
+        ("It is -$42", "-42", True),
+        ("It is $-42", "-42", True),
+        ("44\N{MINUS SIGN}2", "2", True),
+        ("so \N{MINUS SIGN}2", "-2", True),
         ("2-44=-42", "-42", True),
         ("44-2", "2", True),  # a minus after a digit is an operator, not a sign
         ("44-2", "-2", False),

@@ -370,7 +370,8 @@ def test_unwritable_checkpoint_path(tmp_path, model, capsys):
     """It costs the checkpoints, not the run.
     Bug: one learns of it after the first interval only."""
     (tmp_path / "file").write_text("")
-    run_main(tmp_path, model, checkpoint_path=str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match="error: the last policy is not saved"):
+        run_main(tmp_path, model, checkpoint_path=str(tmp_path / "file"))
     output = capsys.readouterr().out
     assert (
         "warning: --checkpoint-path" in output.split("held out:")[0]
@@ -389,16 +390,40 @@ def test_resume_with_another_model(tmp_path, model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(lora_rank=4), dict(train_batch_size=16), dict(seed=1), dict(max_prompts=12)]
+    "change", [dict(lora_rank=4), dict(train_batch_size=16), dict(seed=1), dict(group_size=8)]
 )
 def test_resume_with_what_a_run_cannot_change(change, tmp_path, model, monkeypatch):
     """Bug: the prompt order or the weights' shapes silently differ from those of the run that is
     continued."""
     run_main(tmp_path, model, max_steps=1)
-    (name,) = change
+    name = next(iter(change))
     assert f"--{name.replace('_', '-')}" in refusal(
         tmp_path, model, monkeypatch, resume=True, **change
     )
+
+
+@pytest.mark.parametrize("what", ["max_prompts", "system_prompt", "a row", "the order"])
+def test_resume_with_other_prompts(what, tmp_path, model, monkeypatch):
+    """Bug: the order of prompts goes on in other prompts, without a word."""
+    run_main(tmp_path, model, max_steps=1)
+    changes = {"max_prompts": dict(max_prompts=12), "system_prompt": dict(system_prompt="Think.")}
+    path = tmp_path / "tasks.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    if what == "a row":
+        path.write_text("".join(lines).replace("What is 3", "What is 33"))
+    if what == "the order":
+        path.write_text("".join(reversed(lines)))
+    message = refusal(tmp_path, model, monkeypatch, resume=True, **changes.get(what, {}))
+    assert "--resume: run run had other training prompts" in message
+
+
+def test_a_data_file_that_was_moved_is_the_same(tmp_path, model, capsys):
+    run_main(tmp_path, model, max_steps=1)
+    (tmp_path / "moved").mkdir()
+    for name in ("tasks.jsonl", "tasks_eval.jsonl"):
+        shutil.move(tmp_path / name, tmp_path / "moved" / name)
+    run_main(tmp_path, model, resume=True, data_path=str(tmp_path / "moved" / "tasks.jsonl"))
+    assert "data_path is now" in capsys.readouterr().out and list(checkpoints(tmp_path)) == [1, 2]
 
 
 # ---------------------------------------------------------------- data files
@@ -650,6 +675,7 @@ def test_failed_save_costs_one_checkpoint(what, tmp_path, model, monkeypatch, ca
         line["step"] for line in metrics(tmp_path)
     ] == [0, 1, 2, 3]
     assert {p.name for p in (tmp_path / "o" / "experiment_base" / "run").iterdir()} == {
+        "lock",
         "run.json",
         "step_000001",
         "step_000003",
@@ -675,10 +701,13 @@ def small_disk(tmp_path):
 
 def test_really_full_disk(tmp_path, model, small_disk, capsys):
     """The libraries' own errors: safetensors and torch do not report a full disk as OSError."""
-    run_main(tmp_path, model, max_steps=3, checkpoint_interval=1, checkpoint_path=str(small_disk))
+    with pytest.raises(SystemExit, match="error: the last policy is not saved"):
+        run_main(
+            tmp_path, model, max_steps=3, checkpoint_interval=1, checkpoint_path=str(small_disk)
+        )
     assert capsys.readouterr().out.count("cannot be written") == 2  # steps 2 and 3
     run = small_disk / "experiment_base" / "run"
-    assert sorted(path.name for path in run.iterdir()) == ["run.json", "step_000001"]
+    assert sorted(path.name for path in run.iterdir()) == ["lock", "run.json", "step_000001"]
     run_main(tmp_path, str(run / "step_000001"), max_steps=0)
 
 
@@ -862,6 +891,7 @@ def test_kill_in_the_middle_of_a_save(tmp_path, model, base, uninterrupted):
     run_main(tmp_path, **settings_of("full", model, ""), max_steps=6, resume=True)
     assert_same_run(uninterrupted("full"), tmp_path, 6)
     assert {p.name for p in (tmp_path / "o" / "experiment_base" / "run").iterdir()} == {
+        "lock",
         "run.json",
         "step_000004",
         "step_000006",
@@ -1005,7 +1035,7 @@ def test_a_run_is_resumable_from_its_start(when, tmp_path, model, base, uninterr
         run_main(tmp_path, **settings, max_steps=6)
     capsys.readouterr()
     run_main(tmp_path, **settings, max_steps=6, resume=True)
-    assert "stopped before its first checkpoint: it begins again" in capsys.readouterr().out
+    assert "from its beginning: it was stopped before its first" in capsys.readouterr().out
     assert_same_run(uninterrupted("full"), tmp_path, 6)
 
 
@@ -1027,8 +1057,8 @@ def test_resume_never_takes_an_older_run_for_the_last_one(tmp_path, model, capsy
     capsys.readouterr()
     run_main(tmp_path, model, run_name=None, max_steps=2, lr=0.5, resume=True)
     output = capsys.readouterr().out
-    assert "run killed was stopped before its first checkpoint: it begins again" in output
-    assert "--run-name names another one to resume" in output
+    assert "resuming run killed from its beginning: it was stopped before its first" in output
+    assert "; --run-name resumes another one" in output
     assert everything_in(tmp_path / "o" / "experiment_base" / "finished") == before
     assert list(checkpoints(tmp_path, "killed")) == [2]
 
@@ -1095,6 +1125,98 @@ def test_a_finished_run_says_that_nothing_is_left(tmp_path, model, capsys):
     assert len(metrics(tmp_path)) == 3
 
 
+def test_lines_that_a_full_disk_cut_in_two_are_dropped(tmp_path, model):
+    """Bug: half a line, the next one behind it, and --resume ends in a JSONDecodeError."""
+    run_main(tmp_path, model)
+    path = tmp_path / "runs" / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    damaged = [lines[0], lines[1][:20] + lines[1], "3\n", "{}\n", '{"step": "x"}\n', *lines[2:]]
+    path.write_text("".join(damaged) + '{"step": 2, "rew')
+    run_main(tmp_path, model, resume=True, max_steps=3)
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 2, 3]
+
+
+def test_what_is_left_of_a_checkpoint_is_in_nobodys_way(tmp_path, model, capsys):
+    """Bug: a directory without trainer.pt keeps the new checkpoint of its step from being saved; a
+    deletion that is killed leaves weights without trainer.pt, or the reverse."""
+    run_main(tmp_path, model, max_steps=2, checkpoint_interval=1)
+    run = tmp_path / "o" / "experiment_base" / "run"
+    (run / "step_000002" / "trainer.pt").unlink()
+    (run / "deleting").mkdir()
+    (run / "deleting" / "trainer.pt").write_text("")
+    capsys.readouterr()
+    run_main(tmp_path, model, max_steps=4, checkpoint_interval=1, resume=True)
+    assert "warning" not in capsys.readouterr().out
+    assert sorted(path.name for path in run.iterdir()) == [
+        "lock",
+        "run.json",
+        "step_000001",  # max_steps has changed
+        "step_000003",
+        "step_000004",
+    ]
+
+
+def test_a_run_without_run_json_is_as_old_as_its_checkpoint(tmp_path, model, capsys):
+    """Of an earlier version. Bug: the first of them is resumed, by the order of the directory."""
+    for name in ("b", "a"):
+        run_main(tmp_path, model, max_steps=1, run_name=name)
+        (tmp_path / "o" / "experiment_base" / name / "run.json").unlink()
+    for number, name in enumerate(("a", "b")):
+        state = checkpoints(tmp_path, name)[1] / "trainer.pt"
+        os.utime(state, (1000 + number, 1000 + number))
+    capsys.readouterr()
+    run_main(tmp_path, model, run_name=None, resume=True)
+    assert "resuming run b from" in capsys.readouterr().out
+
+
+def test_lines_of_the_log_that_are_missing_are_counted(tmp_path, model, capsys):
+    run_main(tmp_path, model)
+    path = tmp_path / "runs" / "run" / "metrics.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    run_main(tmp_path, model, resume=True, max_steps=3)
+    assert f"warning: {path} lacks 2 of the lines up to step 2" in capsys.readouterr().out
+
+
+LOCKED = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_run_that_another_process_trains_is_not_resumed(tmp_path, model):
+    """Bug: two processes write the same log, and delete each other's checkpoints."""
+    run_main(tmp_path, model)
+    before = everything_in(tmp_path)
+    lock = tmp_path / "o" / "experiment_base" / "run" / "lock"
+    other = subprocess.Popen([sys.executable, "-c", LOCKED, str(lock)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(SystemExit, match="run run is being trained by another process"):
+            run_main(tmp_path, model, resume=True, max_steps=3)
+        assert everything_in(tmp_path) == before
+    finally:
+        other.kill()
+        other.wait()
+    run_main(tmp_path, model, resume=True, max_steps=3)
+
+
+def test_two_runs_that_begin_at_once_do_not_share_a_directory(tmp_path, model, monkeypatch):
+    """Bug: both looked before either wrote. Here the directory appears while the model loads."""
+    load_model = load_experiment().train.load_model
+    folder = tmp_path / "o" / "experiment_base" / "run"
+    monkeypatch.setattr(
+        load_experiment().train,
+        "load_model",
+        lambda *args: folder.mkdir(parents=True) or load_model(*args),
+    )
+    with pytest.raises(SystemExit, match="run run exists .*: choose another --run-name"):
+        run_main(tmp_path, model)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_damaged_run_file_is_named(tmp_path, model, monkeypatch):
     run_main(tmp_path, model)
     path = tmp_path / "o" / "experiment_base" / "run" / "run.json"
@@ -1151,16 +1273,31 @@ def test_a_signal_finishes_the_step_and_saves(
     assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
     assert "eval_accuracy" not in metrics(tmp_path)[3]
     output = capsys.readouterr().out
-    assert f"{number.name}: this step is finished and saved" in output
+    assert f"{number.name}: finishing this step, then saving" in output
     assert f"checkpoint: {checkpoints(tmp_path)[3]}" in output
     run_main(tmp_path, **settings, max_steps=6, resume=True)
     assert_same_run(uninterrupted("full"), tmp_path, 6)
 
 
+def test_a_signal_while_a_checkpoint_is_written_stops_behind_it(tmp_path, model, monkeypatch):
+    """Bug: the wish was read before, and a whole step more is sampled and trained on."""
+    save = load_experiment().run.Run.save
+
+    def signal_then_save(self, step, *args):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(self, step, *args)
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    monkeypatch.setattr(load_experiment().run.Run, "save", signal_then_save)
+    run_main(tmp_path, model, max_steps=6)
+    assert list(checkpoints(tmp_path)) == [2] and len(metrics(tmp_path)) == 3
+
+
 def test_second_signal_ends_at_once_with_a_line(tmp_path, model, monkeypatch):
     signal_in_step(3, 2, monkeypatch)
     with pytest.raises(SystemExit, match="stopped; last checkpoint: .*step_000002"):
-        run_main(tmp_path, model, max_steps=8)
+        run_main(tmp_path, model, max_steps=8, epochs=2)
     assert list(checkpoints(tmp_path)) == [2]
 
 

@@ -21,7 +21,7 @@ class Options:
     metrics: tuple[str, ...] = ("eval_accuracy", "reward", "kl", "completion_length")
     # mean over so many steps, up to the one drawn; evaluations (eval_*) are drawn as they are
     smooth: int = 1
-    output: Path = Path("plot.png")  # the picture; the suffix says the format (.png, .pdf, .svg)
+    output: Path = Path("plot.png")  # the picture; its suffix says the format (.png, .pdf, .svg)
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -36,10 +36,10 @@ def read_metrics(run: Path) -> list[dict]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append({"step": json.loads(line)["step"], **json.loads(line)})
+        except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                sys.exit(f"error: {path}, line {number}: not JSON")
+                sys.exit(f"error: {path}, line {number}: not a line of metrics.jsonl")
     return rows
 
 
@@ -49,7 +49,7 @@ def series(rows: list[dict], metric: str, smooth: int) -> tuple[list[int], list[
     found = [
         (row["step"], row[metric])
         for row in rows
-        if row.get(metric) is not None and math.isfinite(row[metric])
+        if isinstance(row.get(metric), (int, float)) and math.isfinite(row[metric])
     ]
     values = [value for _, value in found]
     windows = [values[max(0, i + 1 - smooth) : i + 1] for i in range(len(values))]
@@ -59,6 +59,8 @@ def series(rows: list[dict], metric: str, smooth: int) -> tuple[list[int], list[
 def main(options: Options) -> None:
     if options.smooth < 1:
         sys.exit(f"error: --smooth {options.smooth}: must be above 0")
+    if not options.metrics:
+        sys.exit("error: --metrics: name at least one field of metrics.jsonl")
     if not options.runs:
         sys.exit("error: name at least one run: python tools/plot.py runs/<run-name>")
     runs = {run: read_metrics(run) for run in options.runs}
@@ -94,11 +96,12 @@ def main(options: Options) -> None:
         panel.remove()
     panels.flat[0].legend(fontsize=8)
     figure.tight_layout()
+    output = options.output if options.output.suffix else options.output.with_suffix(".png")
     try:
-        figure.savefig(options.output, dpi=130)
+        figure.savefig(output, dpi=130)
     except (OSError, ValueError) as error:
         sys.exit(f"error: --output {options.output}: {error}")
-    print(f"written: {options.output}")
+    print(f"written: {output}")
 
 
 if __name__ == "__main__":
