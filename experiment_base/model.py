@@ -158,9 +158,8 @@ def load_model_config(name: str):
 def check_model(name: str, model, missing_keys) -> None:
     """Refuse a model that lacks weights, which would be random, or that holds NaN or infinity."""
     eos = model.generation_config.eos_token_id
-    if not all(
-        isinstance(number, int) for number in (eos if isinstance(eos, list) else [eos or 0])
-    ):
+    ends = eos if isinstance(eos, list) else [eos or 0]
+    if not all(isinstance(number, int) for number in ends):
         fail(f"--model-name {name}: eos_token_id must be a number or a list of them, is {eos!r}")
     if missing_keys:
         some = ", ".join(sorted(missing_keys)[:3])

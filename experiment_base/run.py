@@ -258,7 +258,7 @@ def trains_otherwise(run: Path, before: dict[str, str], now: dict[str, str]) -> 
 def config_texts(config, prompts) -> dict[str, str]:
     """The config as it is kept with a run, and a checksum of its training prompts."""
     texts = {name: str(value) for name, value in asdict(config).items()}
-    return texts | {"prompts": f"{zlib.crc32(repr([p.ids for p in prompts]).encode()):08x}"}
+    return texts | {"prompts": f"{zlib.crc32(repr(prompts).encode()):08x}"}
 
 
 def free_space(path: Path) -> str:

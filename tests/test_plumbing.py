@@ -611,7 +611,7 @@ def test_the_copies_of_the_repository_are_in_step():
     sync.main(sync.Config(check=True))
     found = {str(copied.relative_to(ROOT)) for _, copied in sync.copies(ROOT)}
     for name in set(EXPERIMENTS) - {"experiment_base"}:
-        for file in ("sampling.py", "model.py", "run.py"):
+        for file in ("sampling.py", "model.py", "run.py", "data.py"):
             is_own = file in sync.own_plumbing(ROOT / name)
             assert is_own or f"{name}/{file}" in found
     assert "experiment_multiturn_qa/calls.py" in found
@@ -636,6 +636,12 @@ def test_sync_finds_and_mends_a_copy(is_missing, name, file, sync, tmp_path, cap
     assert capsys.readouterr().out == f"{name}/{file} copied\n"
     assert changed.read_bytes() == before
     sync.main(sync.Config(check=True))
+
+
+def test_sync_without_an_owners_file(sync, tmp_path):
+    (tmp_path / "experiment_base" / "data.py").unlink()
+    with pytest.raises(SystemExit, match="^error: .*experiment_base/data.py is missing"):
+        sync.main(sync.Config())
 
 
 def test_sync_leaves_an_experiments_own_plumbing_alone(sync, tmp_path, capsys):

@@ -402,7 +402,9 @@ def test_resume_with_what_a_run_cannot_change(change, tmp_path, model, monkeypat
     )
 
 
-@pytest.mark.parametrize("what", ["max_prompts", "system_prompt", "a row", "the order"])
+@pytest.mark.parametrize(
+    "what", ["max_prompts", "system_prompt", "a row", "an answer", "the order"]
+)
 def test_resume_with_other_prompts(what, tmp_path, model, monkeypatch):
     """Bug: the order of prompts goes on in other prompts, without a word."""
     run_main(tmp_path, model, max_steps=1)
@@ -411,6 +413,8 @@ def test_resume_with_other_prompts(what, tmp_path, model, monkeypatch):
     lines = path.read_text().splitlines(keepends=True)
     if what == "a row":
         path.write_text("".join(lines).replace("What is 3", "What is 33"))
+    if what == "an answer":
+        path.write_text("".join(lines).replace('"answer": 3', '"answer": 33'))
     if what == "the order":
         path.write_text("".join(reversed(lines)))
     message = refusal(tmp_path, model, monkeypatch, resume=True, **changes.get(what, {}))

@@ -63,6 +63,8 @@ def copies(root: Path) -> list[tuple[Path, Path]]:
 def main(config: Config) -> None:
     differing = []
     for source, copy in copies(ROOT):
+        if not source.is_file():
+            sys.exit(f"error: {source} is missing, which other experiments have copies of")
         if not copy.is_file() or copy.read_bytes() != source.read_bytes():
             differing.append(copy)
             if not config.check:
