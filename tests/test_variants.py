@@ -50,6 +50,14 @@ def test_the_diff_to_the_parent_is_the_lesson(experiment):
     assert 0 < sum(counts.values()) <= MOST_CHANGED_LINES[experiment], counts
 
 
+@pytest.mark.parametrize("experiment", sorted(set(MOST_CHANGED_LINES) - {"experiment_drgrpo"}))
+def test_its_readme_says_how_long_the_diff_is(experiment):
+    readme = (ROOT / experiment / "README.md").read_text()
+    (said,) = re.findall(r"The diff removes (\d+) lines and\s+adds (\d+)", readme)
+    lines = changed_lines(experiment, "train.py")
+    assert said == tuple(str(sum(line[0] == sign for line in lines)) for sign in "-+")
+
+
 @pytest.mark.parametrize("experiment", ["experiment_drgrpo"])
 def test_its_readme_opens_with_the_diff(experiment):
     """Every changed line of train.py, header docstring apart, and no other."""
