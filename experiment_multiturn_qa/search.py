@@ -74,14 +74,14 @@ def query_terms(query: str) -> list[str]:
 def read_corpus(path: Path) -> Iterator[tuple[str, str]]:
     """(title, text) of each line of a corpus.jsonl;
     a line that is malformed ends the program with its number."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                fail(f"{path}, line {number}: not valid JSON ({error})")
+                fail(f"{path}, line {number}: not valid JSON in UTF-8 ({error})")
             if (
                 not isinstance(row, dict)
                 or not isinstance(row.get("text"), str)

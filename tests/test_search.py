@@ -371,6 +371,15 @@ def config_of(data_path, **changes):
 GOOD = json.dumps({"id": 1, "title": "Ann", "text": "one"})
 
 
+def test_a_corpus_that_is_not_utf_8(tmp_path):
+    """Bug: an "\u00e9" of Latin-1 becomes a question mark in the index, without a word."""
+    data = corpus(tmp_path, GOOD)
+    with open(tmp_path / "corpus.jsonl", "ab") as file:
+        file.write('\n{"text": "caf\u00e9"}\n'.encode("latin-1"))
+    with pytest.raises(SystemExit, match="corpus.jsonl, line 2: not valid JSON in UTF-8"):
+        search_module.open_search(config_of(data), [])
+
+
 def test_a_corpus_beside_the_questions(tmp_path):
     data = corpus(
         tmp_path,
