@@ -11,7 +11,6 @@ the sizes and the four phases. Writes results/kills.json. Exits with 1 where a t
 import datetime
 import itertools
 import json
-import platform
 import random
 import shutil
 import signal
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 import tyro
 from safetensors.torch import load_file
+from vs_trl import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("sampling", "training", "evaluation", "saving")
@@ -191,21 +191,15 @@ def main(config: Config) -> None:
             rows.append(trial(size, seed, phase, references[size, seed], place, config, rng))
             print(f"{number + 1}/{config.kills}: {rows[-1]}", flush=True)
     same = sum(not row["differing"] for row in rows)
-    summary = {"date": str(datetime.date.today()), "processor": processor(), "kills": rows}
+    summary = {
+        "date": str(datetime.date.today()),
+        "processor": describe_machine()["cpu"],
+        "kills": rows,
+    }
     config.results.write_text(json.dumps(summary, indent=1) + "\n")
     print(f"{same} of {len(rows)} resumed runs equal the uninterrupted one bit for bit")
     if same < len(rows):
         sys.exit(1)
-
-
-def processor() -> str:
-    """Its name, where Linux tells."""
-    path = Path("/proc/cpuinfo")
-    names = []
-    if path.exists():
-        lines = path.read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

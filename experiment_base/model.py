@@ -230,15 +230,18 @@ def base_model_of(name: str) -> str:
     return base
 
 
-def check_adapter(name: str, policy) -> None:
-    """Refuse an adapter's directory that lacks weights, which would be fresh, or that holds NaN."""
-    expected = get_peft_model_state_dict(policy)
-    found = load_peft_weights(name, device="cpu")
-    for key in expected:
+def read_adapter(name: str, policy, device: torch.device) -> dict[str, torch.Tensor]:
+    """The weights in an adapter's directory.
+
+    Raises ValueError where it lacks weights, which would be fresh, or where one holds NaN.
+    """
+    found = load_peft_weights(name, device=str(device))
+    for key in get_peft_model_state_dict(policy):
         if key not in found:
             raise ValueError(f"the weight {key} is missing")
         if not found[key].isfinite().all():
             raise ValueError(f"the weight {key} holds NaN or infinity")
+    return found
 
 
 def fail_to_load(name: str, error: Exception):
@@ -371,7 +374,7 @@ def add_adapter(policy, config, is_saved: bool) -> PeftModel:
     try:
         policy = PeftModel.from_pretrained(policy, config.model_name, is_trainable=True)
         policy.load_adapter(config.model_name, "reference")
-        check_adapter(config.model_name, policy)
+        read_adapter(config.model_name, policy, policy.device)  # PEFT only warns of what is missing
     except Exception as error:
         fail_to_load(config.model_name, error)
     return policy
@@ -380,9 +383,7 @@ def add_adapter(policy, config, is_saved: bool) -> PeftModel:
 def load_adapter(policy, checkpoint: Path, device: torch.device) -> None:
     """Give the adapter the weights that a checkpoint has of it."""
     try:
-        check_adapter(str(checkpoint), policy)
-        weights = load_peft_weights(str(checkpoint), device=str(device))
-        set_peft_model_state_dict(policy, weights)
+        set_peft_model_state_dict(policy, read_adapter(str(checkpoint), policy, device))
     except Exception as error:
         fail_to_load(str(checkpoint), error)
 

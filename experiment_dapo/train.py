@@ -492,7 +492,7 @@ def add_old_and_reference_log_probs(
 
 # ---------------------------------------------------------------- evaluation
 def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config) -> dict[str, float]:
-    """Greedy accuracy on the held-out prompts: as it is rewarded, and leniently."""
+    """Greedy accuracy on the held-out prompts: as it is rewarded, and by `is_lenient_match`."""
     right = 0
     right_leniently = 0
     for experience in rollout(policy, tokenizer, prompts, 1, config):
@@ -556,7 +556,7 @@ def main(config: Config) -> None:
         batches = []
         for batch in replay_buffer.batches(config, generator):
             batches.append([micro_batch.to(device) for micro_batch in batch])
-        with out_of_memory_names("micro_batch_tokens"):  # says what to lower
+        with out_of_memory_names("micro_batch_tokens"):  # if memory runs out, names it
             add_old_and_reference_log_probs(policy, reference, batches, config)
 
             # 4. Update the policy, once for every batch.

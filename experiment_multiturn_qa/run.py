@@ -262,7 +262,7 @@ def config_texts(config, prompts) -> dict[str, str]:
 
 
 def free_space(path: Path) -> str:
-    """ ", 3 MB are free", of the disk that holds a path; "" where that is unknown."""
+    """What an error text says of the disk that holds a path; "" where it is unknown."""
     while not path.exists():
         path = path.parent
     try:

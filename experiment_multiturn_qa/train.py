@@ -579,7 +579,7 @@ def main(config: Config) -> None:
         batches = []
         for batch in replay_buffer.batches(config, generator):
             batches.append([micro_batch.to(device) for micro_batch in batch])
-        with out_of_memory_names("micro_batch_tokens"):  # says what to lower
+        with out_of_memory_names("micro_batch_tokens"):  # if memory runs out, names it
             add_old_and_reference_log_probs(policy, reference, batches, config)
 
             # 4. Update the policy, once for every batch.

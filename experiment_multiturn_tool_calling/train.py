@@ -534,7 +534,7 @@ def add_old_and_reference_log_probs(
 
 # ---------------------------------------------------------------- evaluation
 def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config) -> dict[str, float]:
-    """Greedy accuracy on the held-out prompts: as it is rewarded, leniently, without
+    """Greedy accuracy on the held-out prompts: as it is rewarded, by `is_lenient_match`, without
     the tool (each call comes back with an error), and by the number of digits."""
     experiences = rollout(policy, tokenizer, prompts, 1, config, tool=calculator)
     without_tool = rollout(policy, tokenizer, prompts, 1, config, tool=broken)
@@ -606,7 +606,7 @@ def main(config: Config) -> None:
         batches = []
         for batch in replay_buffer.batches(config, generator):
             batches.append([micro_batch.to(device) for micro_batch in batch])
-        with out_of_memory_names("micro_batch_tokens"):  # says what to lower
+        with out_of_memory_names("micro_batch_tokens"):  # if memory runs out, names it
             add_old_and_reference_log_probs(policy, reference, batches, config)
 
             # 4. Update the policy, once for every batch.

@@ -36,8 +36,11 @@ def read_metrics(run: Path) -> list[dict]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append({"step": json.loads(line)["step"], **json.loads(line)})
-        except (ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            if "step" not in row:
+                raise ValueError
+            rows.append(row)
+        except (ValueError, TypeError):
             if number < len(lines):
                 sys.exit(f"error: {path}, line {number}: not a line of metrics.jsonl")
     return rows
