@@ -500,7 +500,8 @@ def token_log_probs(base, hidden, targets, temperature: float) -> torch.Tensor:
     cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)  # Gemma
     if cap:
         logits = cap * torch.tanh(logits / cap)
-    logits = logits / temperature
+    if temperature != 1:  # a pass over all logits
+        logits = logits / temperature
     return -cross_entropy(logits, targets, reduction="none")
 
 

@@ -1,0 +1,630 @@
+"""Make instructions that can be verified, as in IFEval (arXiv 2311.07911): ifeval.jsonl, ifeval_eval.jsonl.
+
+    python data/make_ifeval.py          # 2,048 training prompts, 256 held-out ones, in a second
+
+A prompt asks for a few words about a topic and adds one to three instructions that a program can
+check, such as "use no commas". A row has the fields of google/IFEval (key, prompt,
+instruction_id_list, kwargs) and one more, `topic`: beginnings of words that an answer about this topic would use. None of
+them stands in the prompt, so an answer that only repeats the prompt has none. Training and held-out
+rows share no topic, no phrase of a request or an instruction, and no phrase to end with.
+
+Two of the 25 kinds count sentences or words with nltk's sentence data, which is a download:
+
+    python -c "import nltk; nltk.download('punkt_tab')"
+
+They are left out where it is missing, as it was when the files in this directory were made.
+"""
+
+import json
+import random
+import string
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+DATA = Path(__file__).resolve().parent
+SENTENCE_KINDS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+
+# ---------------------------------------------------------------- topics
+# A topic, then beginnings of words that an answer about it would use.
+TRAIN_TOPICS = """
+baking bread: yeast dough flour oven loaf loaves crust wheat butter toast slice knead rise rising warm water salt ingredient sandwich patience recipe
+honey bees: hive pollen nectar queen flower colon- pollinat- swarm sting insect worker wax buzz garden
+volcanoes: lava magma erupt ash mountain crater rock hot earth molten gas island pressure surface explo- crust wonders geological occurrence
+the moon: orbit earth crater lunar night tide space astronaut gravity phase satellite sky surface light sun celestial corner terrestrial diameter
+riding a bicycle: wheel pedal brake helmet handlebar road balance exercise gear path chain ride bike fun traffic adventure
+coffee: bean caffeine roast brew cup morning drink espresso aroma energy milk flavor taste bitter freshly beverage
+tea: leaf leaves brew cup water herbal drink caffeine china relax green steep flavor hot beverage camellia sinica plant smooth
+elephants: trunk tusk africa herd ivory asia large mammal ear memory grass land animal weigh intelligen- roam
+penguins: ice swim antarctic bird feather fish cold flightless egg colon- waddle south wing water mammals millions hemisphere
+rain: cloud water umbrella drop weather wet storm plant puddle fall sky river evaporat- precipitat atmosphere atmospheric
+the sun: star heat light energy earth planet solar hydrogen hot sky bright day warm gas helium celestial orbits electromagnetic fusion
+chess: board piece king queen pawn knight bishop rook strateg- checkmate opponent move player game think puzzle civilizations
+football: ball goal team player field score kick match stadium coach pass league sport game soccer
+swimming: water pool stroke breath float lung muscle exercise ocean lap goggles wet body heart sport endurance
+gardening: plant soil seed flower water vegetable weed grow sun compost tool dig fresh outdoor nature sustainable sufficiency
+libraries: book read shelf shelves quiet borrow librarian study card learn communit resource information collection digital collections array
+trains: track rail station passenger engine locomotive travel ticket carriage speed freight transport conductor journey
+airplanes: wing pilot fly flight engine airport passenger sky air travel lift cloud speed transport skies machine aviation
+dogs: bark tail puppy puppies loyal pet walk fetch bone breed friend animal paw companion love intelligent
+cats: purr whisker kitten meow pet paw mouse mice fur tail independent animal claw companion nap play intelligent loyal curiosity days
+horses: ride gallop mane hoof hooves stable saddle hay race farm animal strong rider grass tail equine
+owls: night bird feather hunt eye wing nocturnal mouse mice prey hoot head silent predator mammals
+sharks: ocean teeth fin predator fish sea swim prey water jaw species marine hunt great intelligence rays
+whales: ocean mammal sea blubber song breath swim water large migrat- marine blue krill dolphin blowhole cetacea
+spiders: web silk leg insect eight venom prey fly flies catch spin arachnid bug eye
+butterflies: wing caterpillar flower cocoon insect nectar color pollinat- chrysalis garden flutter egg transform metamorph-
+frogs: pond jump tadpole leap amphibian croak water skin green insect egg tongue leg lily aquatic habitat
+dinosaurs: fossil extinct reptile million bone species tyrannosaur prehistoric large asteroid plant meat earth museum giants
+mountains: peak climb snow rock summit valley high hik- altitude slope range height view earth landscape crust formations rise tectonic
+rivers: water flow stream fish lake ocean bank boat sea source valley land fresh bridge aquatic
+deserts: sand dry cactus cacti camel hot dune rain oasis heat water arid plant temperature conditions landscapes desserts
+forests: tree animal leaf leaves wood plant bird shade oxygen wild air path habitat green soil home biodiversity carbon sequestration climate flora
+beaches: sand wave ocean sea sun swim shell water towel surf coast shore tan vacation relax snorkeling
+snow: cold winter white ice flake ski sled melt freez- snowman crystal weather water ground atmosphere
+winter: cold snow ice coat frost season january december warm freez- holiday short day temperature weather
+spring: flower bloom warm season rain bird april blossom grow green march new sun plant
+pizza: cheese tomato crust dough oven slice topping sauce italian pepperoni mozzarella bake delicious food dish cuisine ingredients fusion margherita
+chocolate: cocoa sweet milk dark candy bar sugar bean dessert treat melt taste delicious cacao flavor creamy
+apples: fruit tree red crisp juice pie orchard sweet vitamin healthy green core fiber snack cuisine juicy genus
+bananas: yellow fruit peel potassium tropical sweet bunch ripe monkey snack vitamin healthy energy fiber musa
+rice: grain asia cook water paddy white brown food bowl meal staple dish carbohydrate field japanese cuisine crop
+cheese: milk cow cheddar dairy aged aging flavor cream goat mold mozzarella food calcium protein taste cuisine recipe
+soup: broth bowl vegetable hot spoon warm chicken cook tomato stew noodle meal ingredient comfort cuisine flavors mushrooms dish china originated
+breakfast: egg morning toast cereal milk juice meal coffee energy day pancake start food healthy fresh
+ice cream: cone vanilla scoop cold sweet dessert freez- frozen summer flavor chocolate dairy milk sugar ingredients creamy
+guitars: string music chord play fret song acoustic strum band sound electric instrument melod- neck
+the piano: key music play note melod- sound chord hand classical song string finger instrument pedal jazz
+violins: string bow music orchestra play sound wood note instrument classical melod- chin concert viola bass double maple
+dancing: music rhythm move body step ballet partner exercise express- feet joy art beat party dance
+painting: brush color canvas art paint artist picture gallery oil watercolor express- museum
+poetry: rhyme verse poem line emotion feeling express- imag rhythm stanza metaphor words language literary thoughts written
+movies: film actor screen director theater watch stor- popcorn cinema scene character entertain drama genre audiences artists
+photography: camera lens picture light image photo capture moment film shutter memor- focus- art frame visual stories
+robots: machine program computer metal human task sensor factor- artificial work intelligen- automat- build arm potential
+computers: program data screen keyboard software internet machine process memory code work technolog- hardware information
+the internet: web connect online computer email website network search data world communicat- social access information interconnected share devices collaboration servers tablets
+telephones: call voice ring number talk communicat- device speak wireless bell conversation message wire distance smartphones digital
+clocks: hour minute hand tick alarm tell watch second wall number measure pendulum morning schedule timekeeping navigate
+bridges: river water cross steel road car connect span structure build arch traffic engineer suspension cities
+castles: king tower knight stone wall moat medieval queen fortress defend defens- history gate royal structures fortifications architecture
+lighthouses: ship light sea coast beam shore sailor tower rock night harbor warn navigat- beacon infrastructure communication
+windmills: wind energy blade grain turn power electric farm rotat- water generat- flour renew dutch devices machine engineering industries agriculture kinetic mechanical
+submarines: water ocean navy sea deep dive periscope ship vessel crew pressure torpedo under explor engineering
+sailing: boat wind sea water ocean mast ship lake harbor wave deck captain navigat- rope sport adventure speed sails
+camping: tent fire nature forest sleep hike outdoor star tree bag backpack marshmallow cook wild lake
+fishing: rod bait hook lake river boat catch water line lure patien- sea trout reel aquatic
+skiing: snow slope mountain pole winter cold lift downhill boot resort balance ice sport speed skiers adventure
+running: exercise leg shoe marathon race heart fitness mile fast jog healthy breath muscle body run helps
+yoga: breath stretch pose mat body relax mind balance flexib- meditat- calm stress health strength wellness cultivating techniques sanskrit
+sleep: rest night bed dream tired hour pillow body brain wake health energy mind recharge bodily development
+dreams: sleep night mind brain imagin- subconscious nightmare wake memor- thought emotion vivid remember rest blur unconscious
+money: dollar bank coin pay buy cash cost save spend work currency purchase bill wealth price economy security financial regulations
+schools: teach student learn class book child study lesson education grade friend subject homework institution development
+doctors: patient hospital medicine health treat sick nurse disease illness care heal diagnos- body medical compassionate empathetic surgeons
+firefighters: fire hose truck water rescue burn smoke ladder save building danger brave helmet emergency scene heroes communities
+farmers: crop field animal tractor harvest cow plant food grow land soil seed corn vegetable agricultural products farming
+teachers: student learn school class lesson education child study grade subject skill resources helping
+astronauts: space rocket moon earth orbit suit nasa station gravity planet mission explore spacecraft scien- travel cosmos exploration
+pirates: ship treasure sea gold sail captain island rob ocean sword parrot flag loot map crew roamed caribbean
+candles: wax flame light wick burn scent warm melt room fire birthday glow dark dinner
+mirrors: reflect glass image light face see wall look silver room surface shine view clear
+umbrellas: rain wet dry cover sun handle fold shade protect storm weather open water canopy clothing
+shoes: feet foot walk lace leather sole pair heel wear boot comfort run sneaker protect
+glass: window sand transparent clear bottle break fragile light melt heat see material cup drink architecture crystal dioxide silicon
+paper: tree book wood pulp print recycl- page sheet read note ink pen draw
+gold: metal jewel ring yellow mine coin precious valu- shiny- rich money wealth rare ore
+magnets: pole iron attract metal field repel force north south steel compass electric fridge material levitation
+electricity: power light energy wire current charge lamp battery circuit electron home device appliance plug
+batteries: energy power charge electric device chemical store phone car lithium current flashlight acid recharg-
+planets: orbit sun earth mars jupiter star saturn space venus solar moon gas gravity system rock celestial home
+comets: ice tail sun space orbit dust star solar rock gas telescope bright sky halley originate
+rainbows: color rain sun light sky red blue drop arc violet green prism water bend dance
+thunderstorms: lightning rain cloud loud sky electric wind weather flash hail strike dark sound power atmosphere
+earthquakes: ground shake plate fault tremor building damage seismic richter crust magnitude move destr- tectonic disaster beneath societies release anywhere energy
+trees: leaf leaves root branch wood shade oxygen trunk bark forest fruit grow seed air
+roses: flower thorn red petal love garden bloom scent beaut- smell fragran- stem bouquet symbol color europe botanically
+birthdays: cake candle gift party friend celebrat year present family wish age old balloon special
+music: song sound melod- rhythm instrument sing note emotion dance harmon- band feel express- language genre
+friendship: trust love care laugh loyal bond together honest romantic emotional
+"""
+EVAL_TOPICS = """
+kites: wind fly string sky tail air paper high child color diamond kid park outdoor play sport derived lift aerodynamics aviation
+turtles: shell slow reptile sea egg beach swim land water hard protect old ocean animal aquatic
+bats: night wing fly cave mammal insect echo nocturnal hang sound upside hunt dark fruit chiroptera stealth
+ants: colon- queen insect nest work small food tunnel soil leg strong carry ground social
+dolphins: ocean swim mammal sea intelligen- water jump fin fish play pod echolocat- marine sound
+bears: forest fur hibernat- animal honey large claw winter cub fish wild brown sleep hunt salmon insects mammals carnivora
+parrots: bird feather color talk beak mimic tropical green wing pet fly sound intelligen- seed plumage ravens
+islands: water sea ocean beach land sand palm boat tropical surround coral shore coast isolat- reefs home marine continents forests kelp
+glaciers: ice snow melt cold mountain water slow move freez- valley climate frozen river mass sheets
+fog: cloud water visib- thick morning mist air weather low drive droplet grey gray ground condens- atmospheric pressure atmosphere cool layer precipitation causing
+autumn: leaf leaves fall season color orange cool red harvest pumpkin october september crisp tree
+tomatoes: red fruit salad sauce plant vine garden juic- ripe vegetable vitamin seed slice sweet diets
+potatoes: fry fries vegetable mash root starch bake chip peel soil food skin cook brown boil dish america
+pancakes: syrup butter batter breakfast flour egg milk flip stack pan sweet fluffy maple delicious ingredients favorite american dish
+salad: lettuce vegetable tomato healthy dress green fresh bowl cucumber leaf leaves oil carrot meal ingredients dish refreshing herbs protein
+drums: beat music rhythm stick sound loud band play hit percussion instrument skin bass cymbal wood metal traditions egypt originated
+the theater: stage actor play audience drama perform act curtain costume show script scene music applau- theatre film venue entertainment
+novels: book character stor- read plot author page fiction chapter world imagin- reader genre genres literature themes writing literary narratives
+museums: art history exhibit paint artifact collect visit display culture past learn gallery sculpture ancient repositories treasure institutions preserved
+tunnels: underground dark road train mountain dig car through rock subway pass earth light under construction energy
+balloons: air helium party float color sky inflat- birthday pop string rubber gas round fun
+boats: water sail sea lake river float row ocean fish engine wood paddle oar captain
+bakeries: bread cake pastr- oven smell flour fresh cookie dough sweet baker croissant bun delicious baked products baking
+nurses: patient hospital care doctor health medicine medical heal sick treat compassion clinic ill selfless field
+tennis: racket ball court net player serve match game score hit opponent point sport tournament
+hiking: trail mountain nature boot walk path forest view backpack outdoor exercise climb fresh scen- adventure hikers
+knitting: yarn needle wool sweater scarf stitch warm hand pattern loop hobb- thread craft relax hat story
+telescopes: star lens planet moon sky space light see astronom- mirror distant galax- far observ scientists cosmos research
+compasses: north direction needle magnet navigat- map south point travel sailor find explore way east west guide
+soap: clean wash hand water bubble dirt germ bath skin oil lather smell bacteria body ingredients glycerin softening
+salt: food taste sea season flavor sodium mineral cook preserv- ocean crystal water white dish chloride chemical elements
+clouds: sky rain water white weather vapor air fluffy float storm droplet high form condens- grey atmosphere atmospheric cells suspended enormous
+wolves: pack howl hunt forest prey wild animal fur dog predator night leader moon teeth social mammals carnivorous wolf canidae lupus domesticated canis
+markets: buy sell vendor fruit vegetable shop fresh stall product price customer food goods trade businesses economic
+puzzles: piece solve brain picture mind challenge game fun think fit problem jigsaw logic patien- puns cognitive
+oak trees: acorn leaf leaves wood shade strong branch forest old bark root squirrel tall trunk
+"""
+# Topics with words in other languages, for the instruction that names a language.
+FOREIGN_TRAIN_TOPICS = """
+the sun|es: estrella luz calor tierra planeta día energía cielo vida brilla caliente
+the sun|fr: étoile lumière chaleur terre planète jour énergie ciel vie brill chaud
+the sun|de: stern licht wärme erde planet tag energie himmel leben scheint warm
+dogs|es: perro mascota animal amigo fiel leal casa compañer cola amor
+dogs|fr: chien animal animaux ami fidèle loyal maison compagn queue amour
+dogs|de: hund haustier tier freund treu mensch begleiter schwanz liebe
+rain|es: lluvia agua nube cielo planta clima gota paraguas tierra caer
+rain|fr: pluie eau nuage ciel plante climat goutte parapluie terre tomb
+rain|de: regen wasser wolke himmel pflanze wetter tropfen erde fällt nass
+music|es: música sonido canción ritmo melod instrumento arte emoc canta
+music|fr: musique son chanson rythme mélod instrument art émotion chant
+music|de: musik lied klang rhythm melod instrument kunst gefühl sing ton
+schools|es: escuela estudiant alumno aprend maestro profesor clase libro educa niñ
+schools|fr: école étudiant élève apprend professeur classe livre éduca enfant
+schools|de: schule schüler lern lehrer klasse buch bücher bildung kind
+trees|es: árbol hoja bosque madera fruta raíz oxígeno aire verde planta
+trees|fr: arbre feuille forêt bois fruit racine oxygène air vert plante
+trees|de: baum bäume blatt blätter wald holz frucht wurzel luft grün pflanze
+coffee|es: café taza bebida mañana grano cafeína energía sabor leche agua
+coffee|fr: café tasse boisson matin grain caféine énergie goût lait eau
+coffee|de: kaffee tasse getränk morgen bohne koffein energie geschmack milch wasser
+friendship|es: amist amig confian apoyo amor ayuda vida compart persona
+friendship|fr: amiti ami confiance soutien amour aide vie partag personne
+friendship|de: freund vertrauen liebe hilf leben mensch teilen unterstütz
+"""
+FOREIGN_EVAL_TOPICS = """
+salad|es: ensalada lechuga tomate verdura fresc comida aceite sal vegetal
+salad|fr: salade laitue tomate légume frais repas huile sel fraîche
+salad|de: salat tomate gemüse frisch essen öl gurke gesund
+clouds|es: nube cielo agua lluvia blanc aire vapor tierra forma
+clouds|fr: nuage ciel eau pluie blanc air vapeur terre form
+clouds|de: wolke himmel wasser regen weiß luft dampf erde
+the theater|es: teatro actor obra escena público arte drama historia
+the theater|fr: théâtre acteur pièce scène public art drame histoire
+the theater|de: theater schauspiel bühne stück publikum kunst drama
+markets|es: mercado compra vend fruta producto comida precio gente
+markets|fr: marché achet vend fruit produit prix gens légume
+markets|de: markt kauf verkauf obst produkt preis gemüse mensch
+"""
+
+# ---------------------------------------------------------------- phrases
+TRAIN_REQUESTS = (
+    "Tell me something about {topic}.",
+    "Write one or two sentences about {topic}.",
+    "Describe {topic} in a sentence.",
+    "What should a child know about {topic}?",
+    "Explain in a few words why people care about {topic}.",
+    "Write a short text about {topic}.",
+    "Give me one interesting fact about {topic}.",
+    "What comes to mind when you think of {topic}?",
+)
+EVAL_REQUESTS = (
+    "Describe {topic} to a friend.",
+    "In one or two sentences, what is special about {topic}?",
+    "What can you say about {topic}?",
+    "Write a brief explanation of {topic}.",
+    "Write a few words on {topic}.",
+)
+TRAIN_QUESTIONS = (
+    "Do most people like {topic}?",
+    "Is it worth knowing more about {topic}?",
+    "Would the world be poorer without {topic}?",
+)
+EVAL_QUESTIONS = (
+    "Are {topic} a good subject for a school lesson?",
+    "Should everybody know something about {topic}?",
+)
+TRAIN_END_PHRASES = (
+    "That is all.",
+    "Have a good day!",
+    "I hope this helps.",
+    "What do you think?",
+    "And so it goes.",
+    "Thank you for asking.",
+    "Now you know.",
+    "Enjoy!",
+)
+EVAL_END_PHRASES = (
+    "See you soon!",
+    "Is it not wonderful?",
+    "You are welcome to ask more.",
+    "This is the end.",
+)
+TRAIN_FIRST_WORDS = ("today", "people", "often", "many", "every", "when", "nature", "some")
+EVAL_FIRST_WORDS = ("once", "most", "indeed", "here", "sometimes")
+LANGUAGES = {"es": "Spanish", "fr": "French", "de": "German"}
+
+# Per kind: phrases for training, and others for the held-out prompts.
+PHRASES = {
+    "keywords:existence": (
+        ("Include the words {words}.", "Use {words} somewhere in the answer.", "Mention {words}."),
+        ("The answer has to contain {words}.", "Do not forget to write {words}."),
+    ),
+    "keywords:frequency": (
+        ("Use the word {word} at least {n} times.", "The word {word} must appear {n} or more times."),
+        ("Write {word} no fewer than {n} times.",),
+    ),
+    "keywords:forbidden_words": (
+        ("Do not use the words {words}.", "Avoid {words}.", "Leave out {words}."),
+        ("The words {words} are not allowed.", "Answer without ever writing {words}."),
+    ),
+    "keywords:letter_frequency": (
+        ("The letter {letter} should appear {relation} {n} times.", "Use the letter {letter} {relation} {n} times."),
+        ("I want the letter {letter} in it {relation} {n} times.",),
+    ),
+    "language:response_language": (
+        ("Answer in {language}.", "Write only {language}.", "Reply in the {language} language."),
+        ("The answer must be entirely {language}.", "I read nothing but {language}."),
+    ),
+    "length_constraints:number_sentences": (
+        ("Write {relation} {n} sentences.", "Your answer should have {relation} {n} sentences."),
+        ("Let it be {relation} {n} sentences.",),
+    ),
+    "length_constraints:number_paragraphs": (
+        ("Write {n} paragraphs and separate them with ***.", "Give {n} paragraphs with *** between them."),
+        ("Put *** between paragraphs and write {n} of them.",),
+    ),
+    "length_constraints:number_words": (
+        ("Use {relation} {n} words.", "Answer with {relation} {n} words.", "Write {relation} {n} words."),
+        ("The whole answer should have {relation} {n} words.", "Keep it to {relation} {n} words."),
+    ),
+    "length_constraints:nth_paragraph_first_word": (
+        (
+            "Write {n} paragraphs with an empty line between them. Paragraph {nth} must begin with the word {word}.",
+            "There should be {n} paragraphs, divided by two line breaks, and paragraph {nth} starts with {word}.",
+        ),
+        ("Make it {n} paragraphs with a blank line in between; number {nth} begins with {word}.",),
+    ),
+    "detectable_content:number_placeholders": (
+        ("Use at least {n} placeholders in square brackets, such as [name].", "Leave {n} or more blanks such as [place] or [date]."),
+        ("It needs no fewer than {n} placeholders like [city].",),
+    ),
+    "detectable_content:postscript": (
+        ("At the end, add a postscript that starts with {marker}", "Close with a postscript beginning with {marker}"),
+        ("Put a remark that begins with {marker} below your answer.",),
+    ),
+    "detectable_format:number_bullet_lists": (
+        ("Answer with exactly {n} bullet points, such as * this one.", "Write a list of exactly {n} items that start with *"),
+        ("Make it {n} bullets, no more and no fewer, each a line with * in front.",),
+    ),
+    "detectable_format:constrained_response": (
+        (
+            "Say one of 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.', and give a reason.",
+            "Begin with 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.' and then explain it.",
+        ),
+        ("Choose between 'My answer is yes.', 'My answer is no.' and 'My answer is maybe.', then say why.",),
+    ),
+    "detectable_format:number_highlighted_sections": (
+        ("Highlight at least {n} parts with asterisks, like *this*.", "Mark {n} or more phrases like *this one*."),
+        ("Put no fewer than {n} passages between asterisks, as in *an example*.",),
+    ),
+    "detectable_format:multiple_sections": (
+        ("Divide the answer into {n} parts that are headed {splitter} 1, {splitter} 2 and so on.", "Write {n} sections and begin each with {splitter} and its number."),
+        ("Use {n} sections titled {splitter} 1 to {splitter} {n}.",),
+    ),
+    "detectable_format:json_format": (
+        ("Answer in JSON and write nothing else.", "Give the answer as one JSON object."),
+        ("The output must be valid JSON.",),
+    ),
+    "detectable_format:title": (
+        ("Give it a title in double angular brackets, such as <<my title>>.", "Start with a title like <<this>>."),
+        ("Put a heading between << and >>.",),
+    ),
+    "combination:two_responses": (
+        ("Give two different answers and put ****** between them.", "Write two answers, separated by ******."),
+        ("I want two versions with a line of ****** in between.",),
+    ),
+    "combination:repeat_prompt": (
+        ("First repeat the request above word for word, then answer it.", "Before you answer, copy the request above without any change."),
+        ("Begin by quoting the request above exactly and then give the answer.",),
+    ),
+    "startend:end_checker": (
+        ("End with the exact words: {phrase}", "Your last words must be: {phrase}"),
+        ("Finish by writing exactly this: {phrase}", "Nothing may follow after this closing line: {phrase}"),
+    ),
+    "change_case:capital_word_frequency": (
+        ("Write {relation} {n} words in ALL CAPITALS.", "Use {relation} {n} words in capital letters."),
+        ("Let {relation} {n} words be in CAPITALS.",),
+    ),
+    "change_case:english_capital": (
+        ("Answer in English and in capital letters only.", "Write everything in CAPITAL letters, in English."),
+        ("All letters of the answer must be capital, and the language English.",),
+    ),
+    "change_case:english_lowercase": (
+        ("Answer in English and in lowercase letters only.", "Use no capital letters, only lowercase English."),
+        ("Write the English answer all in small letters.",),
+    ),
+    "punctuation:no_comma": (
+        ("Do not use any commas.", "Use no commas in your answer.", "Avoid commas."),
+        ("There must not be a single comma.", "Answer without commas."),
+    ),
+    "startend:quotation": (
+        ("Put the whole answer in double quotation marks.", 'Wrap your answer in "quotation marks".'),
+        ("Start and end the answer with a double quote.",),
+    ),
+}
+
+# ---------------------------------------------------------------- which instructions go together
+# These shape the whole answer; in a short one there is room for one of them.
+SHAPES = {
+    "length_constraints:number_paragraphs",
+    "length_constraints:nth_paragraph_first_word",
+    "detectable_format:number_bullet_lists",
+    "detectable_format:constrained_response",
+    "detectable_format:multiple_sections",
+    "detectable_format:json_format",
+    "combination:two_responses",
+    "combination:repeat_prompt",
+}
+# Beside those that the checkers' own table names: pairs that a short answer cannot obey together,
+# or whose checkers look at the same characters.
+CONFLICTS = {
+    "length_constraints:number_words": SHAPES,
+    "length_constraints:number_sentences": SHAPES | {"length_constraints:number_words"},
+    "language:response_language": SHAPES
+    | {"keywords:letter_frequency", "detectable_content:postscript"},
+    "keywords:forbidden_words": {"keywords:existence", "keywords:frequency"},
+    "keywords:existence": {"keywords:frequency"},
+    "detectable_format:number_highlighted_sections": {
+        "detectable_format:number_bullet_lists",  # a line that begins with *this* is a bullet
+        "length_constraints:number_paragraphs",  # *** counts as a highlight
+    },
+    "detectable_format:multiple_sections": {
+        "change_case:english_capital",  # "Section" is written so
+        "change_case:english_lowercase",
+    },
+    "startend:quotation": {"length_constraints:nth_paragraph_first_word"},
+    "startend:end_checker": {"detectable_content:postscript"},  # both want the last line
+}
+
+
+def can_stand_together(kind: str, other: str) -> bool:
+    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_CONFLICTS
+
+    for table in (INSTRUCTION_CONFLICTS, CONFLICTS):
+        if other in table.get(kind, ()) or kind in table.get(other, ()):
+            return False
+    return kind != other and not {kind, other} <= SHAPES
+
+
+def has_sentence_data() -> bool:
+    """Whether nltk's sentence data is on this machine."""
+    import nltk
+
+    try:
+        return bool(nltk.data.find("tokenizers/punkt_tab/english/"))
+    except LookupError:
+        return False
+
+
+# ---------------------------------------------------------------- rows
+@dataclass
+class Topic:
+    name: str
+    words: list[str]  # beginnings of words that answers use
+    language: str = "en"
+
+    @property
+    def whole_words(self) -> list[str]:
+        """Those that can be asked for: "pollinat-" is none."""
+        return [word for word in self.words if not word.endswith("-")]
+
+
+@dataclass
+class Part:
+    """Topics and phrases of the training rows, or of the held-out ones."""
+
+    topics: list[Topic]
+    requests: tuple[str, ...]
+    questions: tuple[str, ...]
+    end_phrases: tuple[str, ...]
+    first_words: tuple[str, ...]
+    phrase_set: int  # 0 or 1, which phrases of PHRASES
+
+
+def read_topics(text: str, foreign: str) -> list[Topic]:
+    topics = []
+    for line in text.strip().splitlines():
+        name, words = line.split(": ")
+        topics.append(Topic(name, words.split()))
+    for line in foreign.strip().splitlines():
+        head, words = line.split(": ")
+        name, language = head.split("|")
+        topics.append(Topic(name, words.split(), language))
+    return topics
+
+
+def joined(words: list[str]) -> str:
+    return " and ".join(words)
+
+
+def make_instruction(
+    kind: str, topic: Topic, request: str, part: Part, draw: random.Random
+) -> tuple[str, dict]:
+    """(an instruction's text, the arguments of its checker)."""
+    phrase = draw.choice(PHRASES[kind][part.phrase_set])
+    relation = draw.choice(("at least", "less than"))
+    spoken = {"relation": relation.replace("less", "fewer")}
+    n = draw.randint(2, 3)
+    arguments = {}
+    if kind == "keywords:existence":
+        words = draw.sample(topic.whole_words[:6], draw.randint(1, 2))
+        arguments = {"keywords": words}
+        spoken["words"] = joined(words)
+        if len(words) == 1:
+            phrase = phrase.replace("the words", "the word")
+    elif kind == "keywords:frequency":
+        word = draw.choice(topic.whole_words[:4])
+        arguments = {"keyword": word, "frequency": n, "relation": "at least"}
+        spoken["word"] = word
+    elif kind == "keywords:forbidden_words":
+        words = draw.sample(topic.whole_words[:5], 2)
+        arguments = {"forbidden_words": words}
+        spoken["words"] = joined(words)
+    elif kind == "keywords:letter_frequency":
+        letter = draw.choice("bckmpvwy")
+        n = draw.randint(2, 4)
+        arguments = {"letter": letter, "let_frequency": n, "let_relation": relation}
+        spoken["letter"] = letter
+    elif kind == "language:response_language":
+        arguments = {"language": topic.language}
+        spoken["language"] = LANGUAGES[topic.language]
+    elif kind == "length_constraints:number_sentences":
+        arguments = {"num_sentences": n, "relation": relation}
+    elif kind == "length_constraints:number_paragraphs":
+        arguments = {"num_paragraphs": n}
+    elif kind == "length_constraints:number_words":
+        n = 5 * (draw.randint(4, 9) if relation == "at least" else draw.randint(2, 5))
+        arguments = {"num_words": n, "relation": relation}
+    elif kind == "length_constraints:nth_paragraph_first_word":
+        nth = draw.randint(1, n)
+        word = draw.choice(part.first_words)
+        arguments = {"num_paragraphs": n, "nth_paragraph": nth, "first_word": word}
+        spoken |= {"nth": nth, "word": word}
+    elif kind == "detectable_content:number_placeholders":
+        n = draw.randint(1, 3)
+        arguments = {"num_placeholders": n}
+    elif kind == "detectable_content:postscript":
+        marker = draw.choice(("P.S.", "P.P.S"))
+        arguments = {"postscript_marker": marker}
+        spoken["marker"] = marker
+    elif kind == "detectable_format:number_bullet_lists":
+        n = draw.randint(2, 4)
+        arguments = {"num_bullets": n}
+    elif kind == "detectable_format:number_highlighted_sections":
+        n = draw.randint(1, 3)
+        arguments = {"num_highlights": n}
+    elif kind == "detectable_format:multiple_sections":
+        splitter = draw.choice(("Section", "SECTION"))
+        arguments = {"section_spliter": splitter, "num_sections": n}
+        spoken["splitter"] = splitter
+    elif kind == "combination:repeat_prompt":
+        arguments = {"prompt_to_repeat": request}
+    elif kind == "startend:end_checker":
+        ending = draw.choice(part.end_phrases)
+        arguments = {"end_phrase": ending}
+        spoken["phrase"] = ending
+    elif kind == "change_case:capital_word_frequency":
+        arguments = {"capital_frequency": n, "capital_relation": relation}
+    return phrase.format(n=n, **spoken), arguments
+
+
+def make_row(part: Part, kinds: list[str], draw: random.Random) -> dict:
+    first = draw.choice(kinds)
+    is_foreign = first == "language:response_language"
+    topics = [topic for topic in part.topics if (topic.language != "en") == is_foreign]
+    topic = draw.choice(topics)
+    chosen = [first]
+    wanted = draw.choices((1, 2, 3), (45, 40, 15))[0]
+    for kind in draw.sample(kinds, len(kinds)):
+        fits = all(can_stand_together(kind, other) for other in chosen)
+        # The language is chosen with the topic.
+        if len(chosen) < wanted and fits and kind != "language:response_language":
+            chosen.append(kind)
+
+    requests = part.requests
+    if first == "detectable_format:constrained_response":
+        requests = part.questions
+    request = draw.choice(requests).format(topic=topic.name)
+    request = request[0].upper() + request[1:]
+    texts = [request]
+    all_arguments = []
+    for kind in chosen:
+        text, arguments = make_instruction(kind, topic, request, part, draw)
+        texts.append(text)
+        all_arguments.append(arguments)
+    prompt = " ".join(texts)
+    words = [word.rstrip("-") for word in topic.words]
+    return {
+        "prompt": prompt,
+        "instruction_id_list": chosen,
+        "kwargs": all_arguments,
+        "topic": [word for word in words if word not in prompt.lower()],
+    }
+
+
+def make_rows(part: Part, kinds: list[str], count: int, first_key: int, seed: str) -> list[dict]:
+    """Rows with prompts of their own."""
+    draw = random.Random(seed)
+    rows = {}
+    while len(rows) < count:
+        row = make_row(part, kinds, draw)
+        rows.setdefault(row["prompt"], {"key": first_key + len(rows), **row})
+    return list(rows.values())
+
+
+def parts() -> tuple[Part, Part]:
+    """(training, held out)."""
+    train = Part(
+        read_topics(TRAIN_TOPICS, FOREIGN_TRAIN_TOPICS),
+        TRAIN_REQUESTS,
+        TRAIN_QUESTIONS,
+        TRAIN_END_PHRASES,
+        TRAIN_FIRST_WORDS,
+        0,
+    )
+    held_out = Part(
+        read_topics(EVAL_TOPICS, FOREIGN_EVAL_TOPICS),
+        EVAL_REQUESTS,
+        EVAL_QUESTIONS,
+        EVAL_END_PHRASES,
+        EVAL_FIRST_WORDS,
+        1,
+    )
+    return train, held_out
+
+
+@dataclass
+class Options:
+    seed: int = 0
+    train: int = 2048  # training prompts
+    held_out: int = 256
+    output: Path = DATA  # the directory
+
+
+def main(options: Options) -> None:
+    kinds = sorted(PHRASES)
+    if not has_sentence_data():
+        kinds = [kind for kind in kinds if kind not in SENTENCE_KINDS]
+        advice = 'python -c "import nltk; nltk.download(\'punkt_tab\')"'
+        print(f"left out, for want of nltk's sentence data: {', '.join(SENTENCE_KINDS)} ({advice})")
+    train, held_out = parts()
+    files = {
+        "ifeval.jsonl": make_rows(train, kinds, options.train, 1, f"train {options.seed}"),
+        "ifeval_eval.jsonl": make_rows(
+            held_out, kinds, options.held_out, 10001, f"held out {options.seed}"
+        ),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        path = options.output / name
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        path.write_text("".join(lines), encoding="utf-8")
+        print(f"{path}: {len(rows)} prompts")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,172 @@
+"""Instructions that a program can verify (IFEval, arXiv 2311.07911), and whether an answer is about
+what was asked.
+
+The 25 checkers are those of the package if-verifiable, which has them from Google's own code. Here
+is what a training needs around them: rows that are checked before anything is loaded, the two ways
+to judge, and words that tell an answer from an evasion.
+
+    strict    the answer as it is
+    loose     any of eight versions: without its first line, its last one, both, and each of these
+              without asterisks. A model that says "Sure, here it is:" first is forgiven.
+"""
+
+import logging
+import re
+from dataclasses import dataclass, field
+from functools import cache
+
+from run import fail, first_line, is_unicode
+
+try:
+    import langdetect
+    import nltk
+    from if_verifiable.common import get_loose_transformations
+    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+except ImportError as error:
+    fail(f"the package {error.name} is missing; pip install -r requirements-ifeval.txt")
+
+langdetect.DetectorFactory.seed = 0  # else it tells other languages each time
+logging.getLogger().addFilter(lambda record: "Unable to detect language" not in str(record.msg))
+
+# These count sentences or words with nltk's sentence data, which is a download.
+SENTENCE_KINDS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+SENTENCE_DATA = "tokenizers/punkt_tab/english/"
+
+
+@dataclass
+class Task:
+    """What an answer is judged by."""
+
+    kinds: list[str]  # such as "punctuation:no_comma"
+    arguments: list[dict]  # of each kind's checker
+    topic: list[str]  # beginnings of words that answers use, and that the prompt does not hold
+    checkers: list = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        return ", ".join(self.kinds)
+
+
+@dataclass
+class Judgement:
+    """What an answer is worth, instruction by instruction."""
+
+    strict: list[bool]
+    loose: list[bool]
+    topic: float  # from 0, not about what was asked, to 1, on topic
+
+    @property
+    def share(self) -> float:
+        """Of the instructions that the answer follows, strictly."""
+        return sum(self.strict) / len(self.strict)
+
+    @property
+    def on_topic(self) -> bool:
+        return self.topic == 1
+
+
+# ---------------------------------------------------------------- rows
+@cache
+def has_sentence_data() -> bool:
+    try:
+        return bool(nltk.data.find(SENTENCE_DATA))
+    except LookupError:
+        return False
+
+
+def kinds_of(where: str, row: dict) -> list[str]:
+    """The kinds of a row's instructions, each of which must be known."""
+    kinds = row.get("instruction_id_list")
+    if not isinstance(kinds, list) or not kinds:
+        wanted = "field 'instruction_id_list' must be a list of kinds"
+        fail(f"{where}: {wanted}, is {str(kinds)[:50]!r}")
+    for kind in kinds:
+        if kind not in INSTRUCTION_DICT:
+            known = ", ".join(sorted(INSTRUCTION_DICT))
+            fail(f"{where}: {str(kind)[:50]!r} is no kind of instruction; there are {known}")
+    return kinds
+
+
+def is_undecided(where: str, row: dict) -> bool:
+    """Whether a row cannot be judged here, or not twice alike.
+
+    Some need nltk's data. google/IFEval has a few that ask for the frequency of "!" or "#": their
+    checker, which knows letters alone, draws a letter of its own.
+    """
+    for kind, arguments in zip(kinds_of(where, row), row.get("kwargs") or []):
+        if kind in SENTENCE_KINDS and not has_sentence_data():
+            return True
+        letter = arguments.get("letter") if isinstance(arguments, dict) else None
+        if isinstance(letter, str) and not re.fullmatch("[A-Za-z]", letter):
+            return True
+    return False
+
+
+def make_task(where: str, row: dict) -> Task:
+    """The task of a row in google/IFEval's format. `where` is its file and line, for errors."""
+    kinds = kinds_of(where, row)
+    all_arguments = row.get("kwargs")
+    is_list = isinstance(all_arguments, list) and len(all_arguments) == len(kinds)
+    if not is_list or not all(isinstance(arguments, dict) for arguments in all_arguments):
+        fail(f"{where}: field 'kwargs' must be a list of {len(kinds)} objects, one for each kind")
+    topic = row.get("topic", [])
+    if not isinstance(topic, list) or not all(isinstance(w, str) and w.strip() for w in topic):
+        fail(f"{where}: field 'topic' must be a list of words, is {str(topic)[:50]!r}")
+    task = Task(kinds, [], [word.lower() for word in topic])
+    for kind, arguments in zip(kinds, all_arguments):
+        given = {name: value for name, value in arguments.items() if value is not None}
+        task.arguments.append(given)
+        task.checkers.append(make_checker(where, kind, given))
+    return task
+
+
+def make_checker(where: str, kind: str, arguments: dict):
+    """A checker that knows its arguments and has judged a first text."""
+    checker = INSTRUCTION_DICT[kind](kind)
+    try:
+        if not is_unicode(repr(arguments)):
+            raise ValueError("half of a surrogate pair is no character")
+        checker.build_description(**arguments)
+        missing = set(checker.get_instruction_args_keys()) - set(arguments)
+        if missing:  # the checker would draw them
+            raise ValueError(f"{', '.join(sorted(missing))} is missing")
+        for text in ("", "A first text.\n\n* With a second line."):
+            checker.check_following(text)
+    except Exception as error:  # whatever arguments of the wrong kind lead to
+        fail(f"{where}: {kind} cannot be checked with {str(arguments)[:80]}: {first_line(error)}")
+    return checker
+
+
+# ---------------------------------------------------------------- judging
+def judge(answer: str, task: Task, topic_words: int, least_words: int) -> Judgement:
+    """topic_words, least_words: as in `topic_share`."""
+    versions = get_loose_transformations(answer)
+    strict = [is_followed(checker, answer) for checker in task.checkers]
+    loose = []
+    for checker in task.checkers:
+        loose.append(any(is_followed(checker, version) for version in versions))
+    return Judgement(strict, loose, topic_share(answer, task, topic_words, least_words))
+
+
+def is_followed(checker, answer: str) -> bool:
+    """An empty answer follows nothing, as in Google's script."""
+    try:
+        return bool(answer.strip()) and bool(checker.check_following(answer))
+    except RecursionError:  # of JSON that is nested too deeply
+        return False
+
+
+def topic_share(answer: str, task: Task, topic_words: int, least_words: int) -> float:
+    """How much an answer is about what was asked: the share of `topic_words` that it has.
+
+    They are different words of task.topic, none of which stands in the prompt. So it is not enough
+    to repeat the prompt, and "I'm ready to help with your text about honey bees." earns 0. So does
+    an answer of fewer than `least_words` words. topic_words 0: every answer earns 1.
+    """
+    if topic_words == 0:
+        return 1.0
+    text = answer.lower()
+    if len(re.findall(r"\w+", text)) < least_words:
+        return 0.0
+    wanted = min(topic_words, len(task.topic))
+    found = sum(bool(re.search(rf"\b{re.escape(word)}", text)) for word in task.topic)
+    return min(1.0, found / wanted) if wanted else 1.0  # google/IFEval has no words of a topic
