@@ -28,13 +28,13 @@ import vs_trl
 from vs_trl import ROOT, SIDES
 
 EXPERIMENT = "experiment_multiturn_tool_calling"
-MAX_NEW_TOKENS = 192
 TOKENS = ("prompt_tokens", "sampled_tokens", "tool_tokens")  # of a trajectory, means over a step
 
 
 @dataclass
-class Options:
+class Options(vs_trl.Work):
     model_name: str = str(ROOT / "data" / "policy_calculator")  # a model's directory
+    max_new_tokens: int = 192  # of a turn
     pairs: int = 16  # timed pairs of steps
     warmup: int = 2  # pairs of steps before them
     search_steps: int = 2  # timed steps of each candidate in the search, after one to warm up
@@ -56,7 +56,6 @@ def work(
     """As vs_trl's, with the other experiment, and with the tool on TRL's side."""
     vs_trl.EXPERIMENT, vs_trl.trl_task, vs_trl.trl_tokens = EXPERIMENT, trl_task, trl_tokens
     vs_trl.run_ours, vs_trl.trl_arguments = run_ours, trl_arguments
-    changes = changes | {"max_new_tokens": MAX_NEW_TOKENS}
     vs_trl.work(side, seed, steps, settings, eval_interval, changes, device, folder)
 
 

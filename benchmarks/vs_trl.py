@@ -5,6 +5,9 @@ each at its best.
     python benchmarks/vs_trl.py
     # the ratios alone, within 2 minutes; writes results/vs_trl_quick.json
     python benchmarks/vs_trl.py --quick
+    # a real language model: TIME; writes results/vs_trl_smollm2_quick.json
+    python benchmarks/vs_trl.py --quick --model-name data/smollm2 --pairs 3 --eval-prompts 32 \\
+        --trl-micro-batch 32 --patience 1800
 
 Each side is a process of its own that takes a step when this one says so, in turns, so that both
 see the same machine. A step is 16 prompts x 8 completions and the two updates of 64 completions
@@ -54,7 +57,7 @@ SIDES = ("ours", "trl")
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
 # what the speed of float32 and bfloat16 hangs on
 CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}
-PATIENCE = 600  # seconds without an answer after which a worker counts as stuck
+MODEL = str(ROOT / "data" / "policy_math")
 # the search starts with the first of each,
 # and so does --quick where no results of this CPU are at hand
 CANDIDATES = {
@@ -70,10 +73,24 @@ HOPELESS = 3  # a candidate whose first step takes so many times the best one's 
 
 
 @dataclass
-class Options:
+class Work:
+    """What both sides do, and how long the driver waits for it."""
+
+    # a model's directory, or its name on the hub; the results of another model than the default
+    # lie in files with its name
+    model_name: str = MODEL
+    prompts: int = 16  # of a step, with 8 completions each
+    updates: int = 2  # of a step
+    max_new_tokens: int = 64  # of a completion
+    eval_prompts: int = 512  # held-out prompts of an evaluation; both sides begin with one
+    patience: int = 600  # seconds without an answer after which a worker counts as stuck
+
+
+@dataclass
+class Options(Work):
     quick: bool = False  # the ratios alone, with the settings of the last full run on such a CPU
-    # a model's directory, or its name on the hub
-    model_name: str = str(ROOT / "data" / "policy_math")
+    # completions that TRL forwards at once; --quick has no search that finds the fastest number
+    trl_micro_batch: int | None = None
     pairs: int = 16  # timed pairs of steps; --quick takes 6
     warmup: int = 2  # pairs of steps before them
     search_steps: int = 3  # timed steps of each candidate in the search, after one to warm up
@@ -424,6 +441,7 @@ class Worker:
         changes: dict,
         eval_interval=0,
         device="cpu",
+        patience: int = 600,
     ):
         """`changes` are those of our Config's defaults that both sides follow,
         `settings` the side's own."""
@@ -433,13 +451,14 @@ class Worker:
         environment |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
         command = [sys.executable, self.script, "--worker", json.dumps(job)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.patience = patience
         self.side = side  # in a session of its own: Ctrl-C reaches the driver alone, which ends it
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
     def answer(self) -> dict:
         """The next report; it holds no second line,
         because a worker speaks once when it is asked."""
-        ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
+        ready, _, _ = select.select([self.process.stdout], [], [], self.patience)
         line = self.process.stdout.readline() if ready else ""
         if not line:
             raise RuntimeError(
@@ -464,13 +483,24 @@ class Worker:
         self.folder.cleanup()
 
 
+def changes_of(options: Work) -> dict:
+    """Those of our Config's defaults that both sides follow."""
+    return {
+        "model_name": options.model_name,
+        "rollouts_per_step": options.prompts,
+        "train_batch_size": options.prompts * 8 // options.updates,
+        "max_new_tokens": options.max_new_tokens,
+        "max_eval_prompts": options.eval_prompts,
+    }
+
+
 def in_turns(options: Options, settings: dict, seed: int, steps: int, eval_interval: int = 0):
     """(what each side says when it is loaded, a pair of reports for every step),
     the steps taken in turns."""
-    model = {"model_name": options.model_name}
+    job = dict(changes=changes_of(options), eval_interval=eval_interval, patience=options.patience)
     with (
-        Worker("ours", seed, steps, settings["ours"], model, eval_interval) as ours,
-        Worker("trl", seed, steps, settings["trl"], model, eval_interval) as trl,
+        Worker("ours", seed, steps, settings["ours"], **job) as ours,
+        Worker("trl", seed, steps, settings["trl"], **job) as trl,
     ):
         workers = (ours, trl)
         loaded = {worker.side: worker.answer() for worker in workers}
@@ -506,8 +536,8 @@ def fastest(trials: list[dict]) -> dict:
 
 
 def try_settings(options: Options, side: str, settings: dict, best_seconds: float) -> dict:
-    model = {"model_name": options.model_name}
-    with Worker(side, options.seeds[0], options.search_steps + 1, settings, model) as worker:
+    job = dict(changes=changes_of(options), patience=options.patience)
+    with Worker(side, options.seeds[0], options.search_steps + 1, settings, **job) as worker:
         try:
             worker.answer()
             steps = [worker.step()]  # to warm up
@@ -650,6 +680,8 @@ def to_json(value, **options) -> str:
 
 def main(options: Options) -> None:
     start, path, machine = time.time(), options.output_dir / "vs_trl.json", describe_machine()
+    if options.model_name != MODEL:
+        path = path.with_stem(f"vs_trl_{Path(options.model_name).name}")
     if options.quick:
         options.pairs, options.warmup, trials = min(options.pairs, 6), 1, None
         known = json.loads(path.read_text()) if path.is_file() else None
@@ -661,8 +693,10 @@ def main(options: Options) -> None:
                 for side in SIDES
             }
             print(f"no results of a {machine['cpu']} at hand: settings that nobody searched for")
+        if options.trl_micro_batch:
+            settings["trl"]["per_device_train_batch_size"] = options.trl_micro_batch
         print(f"settings: {settings}")
-        path = path.with_stem("vs_trl_quick")
+        path = path.with_stem(f"{path.stem}_quick")
     else:
         found = {side: search(options, side) for side in SIDES}
         settings, trials = ({side: found[side][i] for side in SIDES} for i in (0, 1))

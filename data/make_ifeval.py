@@ -1,12 +1,14 @@
-"""Make instructions that can be verified, as in IFEval (arXiv 2311.07911): ifeval.jsonl, ifeval_eval.jsonl.
+"""Make prompts with instructions that can be verified, as in IFEval (arXiv 2311.07911).
 
-    python data/make_ifeval.py          # 2,048 training prompts, 256 held-out ones, in a second
+    # ifeval.jsonl with 2,048 training prompts, ifeval_eval.jsonl with 256 held-out ones
+    python data/make_ifeval.py
 
 A prompt asks for a few words about a topic and adds one to three instructions that a program can
 check, such as "use no commas". A row has the fields of google/IFEval (key, prompt,
-instruction_id_list, kwargs) and one more, `topic`: beginnings of words that an answer about this topic would use. None of
-them stands in the prompt, so an answer that only repeats the prompt has none. Training and held-out
-rows share no topic, no phrase of a request or an instruction, and no phrase to end with.
+instruction_id_list, kwargs) and one more, `topic`: beginnings of words that an answer about this
+topic would use. None of them stands in the prompt, so an answer that only repeats the prompt has
+none. Training and held-out rows share no topic, no phrase of a request or an instruction, and no
+phrase to end with.
 
 Two of the 25 kinds count sentences or words with nltk's sentence data, which is a download:
 
@@ -17,8 +19,6 @@ They are left out where it is missing, as it was when the files in this director
 
 import json
 import random
-import string
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,144 +28,256 @@ DATA = Path(__file__).resolve().parent
 SENTENCE_KINDS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 
 # ---------------------------------------------------------------- topics
-# A topic, then beginnings of words that an answer about it would use.
+# A topic, then beginnings of words that answers about it use; a hyphen ends what is no whole word.
+# Half of them came from answers of SmolLM2: words that it uses for this topic and few others.
+# Left out are words of an assistant that says nothing, such as help, support and guide.
 TRAIN_TOPICS = """
-baking bread: yeast dough flour oven loaf loaves crust wheat butter toast slice knead rise rising warm water salt ingredient sandwich patience recipe
-honey bees: hive pollen nectar queen flower colon- pollinat- swarm sting insect worker wax buzz garden
-volcanoes: lava magma erupt ash mountain crater rock hot earth molten gas island pressure surface explo- crust wonders geological occurrence
-the moon: orbit earth crater lunar night tide space astronaut gravity phase satellite sky surface light sun celestial corner terrestrial diameter
-riding a bicycle: wheel pedal brake helmet handlebar road balance exercise gear path chain ride bike fun traffic adventure
-coffee: bean caffeine roast brew cup morning drink espresso aroma energy milk flavor taste bitter freshly beverage
-tea: leaf leaves brew cup water herbal drink caffeine china relax green steep flavor hot beverage camellia sinica plant smooth
-elephants: trunk tusk africa herd ivory asia large mammal ear memory grass land animal weigh intelligen- roam
-penguins: ice swim antarctic bird feather fish cold flightless egg colon- waddle south wing water mammals millions hemisphere
-rain: cloud water umbrella drop weather wet storm plant puddle fall sky river evaporat- precipitat atmosphere atmospheric
-the sun: star heat light energy earth planet solar hydrogen hot sky bright day warm gas helium celestial orbits electromagnetic fusion
-chess: board piece king queen pawn knight bishop rook strateg- checkmate opponent move player game think puzzle civilizations
+baking bread: yeast dough flour oven loaf loaves crust wheat butter toast slice knead rise rising
+  warm water salt ingredient sandwich patience recipe
+honey bees: hive pollen nectar queen flower colon- pollinat- swarm sting insect worker wax buzz
+  garden
+volcanoes: lava magma erupt ash mountain crater rock hot earth molten gas island pressure surface
+  explo- crust wonders geological occurrence
+the moon: orbit earth crater lunar night tide space astronaut gravity phase satellite sky surface
+  light sun celestial corner terrestrial diameter
+riding a bicycle: wheel pedal brake helmet handlebar road balance exercise gear path chain ride
+  bike fun traffic adventure
+coffee: bean caffeine roast brew cup morning drink espresso aroma energy milk flavor taste bitter
+  freshly beverage
+tea: leaf leaves brew cup water herbal drink caffeine china relax green steep flavor hot beverage
+  camellia sinica plant smooth
+elephants: trunk tusk africa herd ivory asia large mammal ear memory grass land animal weigh
+  intelligen- roam
+penguins: ice swim antarctic bird feather fish cold flightless egg colon- waddle south wing water
+  mammals millions hemisphere
+rain: cloud water umbrella drop weather wet storm plant puddle fall sky river evaporat- precipitat
+  atmosphere atmospheric
+the sun: star heat light energy earth planet solar hydrogen hot sky bright day warm gas helium
+  celestial orbits electromagnetic fusion
+chess: board piece king queen pawn knight bishop rook strateg- checkmate opponent move player game
+  think puzzle civilizations
 football: ball goal team player field score kick match stadium coach pass league sport game soccer
-swimming: water pool stroke breath float lung muscle exercise ocean lap goggles wet body heart sport endurance
-gardening: plant soil seed flower water vegetable weed grow sun compost tool dig fresh outdoor nature sustainable sufficiency
-libraries: book read shelf shelves quiet borrow librarian study card learn communit resource information collection digital collections array
-trains: track rail station passenger engine locomotive travel ticket carriage speed freight transport conductor journey
-airplanes: wing pilot fly flight engine airport passenger sky air travel lift cloud speed transport skies machine aviation
-dogs: bark tail puppy puppies loyal pet walk fetch bone breed friend animal paw companion love intelligent
-cats: purr whisker kitten meow pet paw mouse mice fur tail independent animal claw companion nap play intelligent loyal curiosity days
-horses: ride gallop mane hoof hooves stable saddle hay race farm animal strong rider grass tail equine
+swimming: water pool stroke breath float lung muscle exercise ocean lap goggles wet body heart
+  sport endurance
+gardening: plant soil seed flower water vegetable weed grow sun compost tool dig fresh outdoor
+  nature sustainable sufficiency
+libraries: book read shelf shelves quiet borrow librarian study card learn communit resource
+  information collection digital collections array
+trains: track rail station passenger engine locomotive travel ticket carriage speed freight
+  transport conductor journey
+airplanes: wing pilot fly flight engine airport passenger sky air travel lift cloud speed
+  transport skies machine aviation
+dogs: bark tail puppy puppies loyal pet walk fetch bone breed friend animal paw companion love
+  intelligent
+cats: purr whisker kitten meow pet paw mouse mice fur tail independent animal claw companion nap
+  play intelligent loyal curiosity days
+horses: ride gallop mane hoof hooves stable saddle hay race farm animal strong rider grass tail
+  equine
 owls: night bird feather hunt eye wing nocturnal mouse mice prey hoot head silent predator mammals
-sharks: ocean teeth fin predator fish sea swim prey water jaw species marine hunt great intelligence rays
-whales: ocean mammal sea blubber song breath swim water large migrat- marine blue krill dolphin blowhole cetacea
+sharks: ocean teeth fin predator fish sea swim prey water jaw species marine hunt great
+  intelligence rays
+whales: ocean mammal sea blubber song breath swim water large migrat- marine blue krill dolphin
+  blowhole cetacea
 spiders: web silk leg insect eight venom prey fly flies catch spin arachnid bug eye
-butterflies: wing caterpillar flower cocoon insect nectar color pollinat- chrysalis garden flutter egg transform metamorph-
-frogs: pond jump tadpole leap amphibian croak water skin green insect egg tongue leg lily aquatic habitat
-dinosaurs: fossil extinct reptile million bone species tyrannosaur prehistoric large asteroid plant meat earth museum giants
-mountains: peak climb snow rock summit valley high hik- altitude slope range height view earth landscape crust formations rise tectonic
+butterflies: wing caterpillar flower cocoon insect nectar color pollinat- chrysalis garden flutter
+  egg transform metamorph-
+frogs: pond jump tadpole leap amphibian croak water skin green insect egg tongue leg lily aquatic
+  habitat
+dinosaurs: fossil extinct reptile million bone species tyrannosaur prehistoric large asteroid
+  plant meat earth museum giants
+mountains: peak climb snow rock summit valley high hik- altitude slope range height view earth
+  landscape crust formations rise tectonic
 rivers: water flow stream fish lake ocean bank boat sea source valley land fresh bridge aquatic
-deserts: sand dry cactus cacti camel hot dune rain oasis heat water arid plant temperature conditions landscapes desserts
-forests: tree animal leaf leaves wood plant bird shade oxygen wild air path habitat green soil home biodiversity carbon sequestration climate flora
-beaches: sand wave ocean sea sun swim shell water towel surf coast shore tan vacation relax snorkeling
-snow: cold winter white ice flake ski sled melt freez- snowman crystal weather water ground atmosphere
-winter: cold snow ice coat frost season january december warm freez- holiday short day temperature weather
+deserts: sand dry cactus cacti camel hot dune rain oasis heat water arid plant temperature
+  conditions landscapes desserts
+forests: tree animal leaf leaves wood plant bird shade oxygen wild air path habitat green soil
+  home biodiversity carbon sequestration climate flora
+beaches: sand wave ocean sea sun swim shell water towel surf coast shore tan vacation relax
+  snorkeling
+snow: cold winter white ice flake ski sled melt freez- snowman crystal weather water ground
+  atmosphere
+winter: cold snow ice coat frost season january december warm freez- holiday short day temperature
+  weather
 spring: flower bloom warm season rain bird april blossom grow green march new sun plant
-pizza: cheese tomato crust dough oven slice topping sauce italian pepperoni mozzarella bake delicious food dish cuisine ingredients fusion margherita
-chocolate: cocoa sweet milk dark candy bar sugar bean dessert treat melt taste delicious cacao flavor creamy
-apples: fruit tree red crisp juice pie orchard sweet vitamin healthy green core fiber snack cuisine juicy genus
-bananas: yellow fruit peel potassium tropical sweet bunch ripe monkey snack vitamin healthy energy fiber musa
-rice: grain asia cook water paddy white brown food bowl meal staple dish carbohydrate field japanese cuisine crop
-cheese: milk cow cheddar dairy aged aging flavor cream goat mold mozzarella food calcium protein taste cuisine recipe
-soup: broth bowl vegetable hot spoon warm chicken cook tomato stew noodle meal ingredient comfort cuisine flavors mushrooms dish china originated
-breakfast: egg morning toast cereal milk juice meal coffee energy day pancake start food healthy fresh
-ice cream: cone vanilla scoop cold sweet dessert freez- frozen summer flavor chocolate dairy milk sugar ingredients creamy
-guitars: string music chord play fret song acoustic strum band sound electric instrument melod- neck
-the piano: key music play note melod- sound chord hand classical song string finger instrument pedal jazz
-violins: string bow music orchestra play sound wood note instrument classical melod- chin concert viola bass double maple
-dancing: music rhythm move body step ballet partner exercise express- feet joy art beat party dance
+pizza: cheese tomato crust dough oven slice topping sauce italian pepperoni mozzarella bake
+  delicious food dish cuisine ingredients fusion margherita
+chocolate: cocoa sweet milk dark candy bar sugar bean dessert treat melt taste delicious cacao
+  flavor creamy
+apples: fruit tree red crisp juice pie orchard sweet vitamin healthy green core fiber snack
+  cuisine juicy genus
+bananas: yellow fruit peel potassium tropical sweet bunch ripe monkey snack vitamin healthy energy
+  fiber musa
+rice: grain asia cook water paddy white brown food bowl meal staple dish carbohydrate field
+  japanese cuisine crop
+cheese: milk cow cheddar dairy aged aging flavor cream goat mold mozzarella food calcium protein
+  taste cuisine recipe
+soup: broth bowl vegetable hot spoon warm chicken cook tomato stew noodle meal ingredient comfort
+  cuisine flavors mushrooms dish china originated
+breakfast: egg morning toast cereal milk juice meal coffee energy day pancake start food healthy
+  fresh
+ice cream: cone vanilla scoop cold sweet dessert freez- frozen summer flavor chocolate dairy milk
+  sugar ingredients creamy
+guitars: string music chord play fret song acoustic strum band sound electric instrument melod-
+  neck
+the piano: key music play note melod- sound chord hand classical song string finger instrument
+  pedal jazz
+violins: string bow music orchestra play sound wood note instrument classical melod- chin concert
+  viola bass double maple
+dancing: music rhythm move body step ballet partner exercise express- feet joy art beat party
+  dance
 painting: brush color canvas art paint artist picture gallery oil watercolor express- museum
-poetry: rhyme verse poem line emotion feeling express- imag rhythm stanza metaphor words language literary thoughts written
-movies: film actor screen director theater watch stor- popcorn cinema scene character entertain drama genre audiences artists
-photography: camera lens picture light image photo capture moment film shutter memor- focus- art frame visual stories
-robots: machine program computer metal human task sensor factor- artificial work intelligen- automat- build arm potential
-computers: program data screen keyboard software internet machine process memory code work technolog- hardware information
-the internet: web connect online computer email website network search data world communicat- social access information interconnected share devices collaboration servers tablets
-telephones: call voice ring number talk communicat- device speak wireless bell conversation message wire distance smartphones digital
-clocks: hour minute hand tick alarm tell watch second wall number measure pendulum morning schedule timekeeping navigate
-bridges: river water cross steel road car connect span structure build arch traffic engineer suspension cities
-castles: king tower knight stone wall moat medieval queen fortress defend defens- history gate royal structures fortifications architecture
-lighthouses: ship light sea coast beam shore sailor tower rock night harbor warn navigat- beacon infrastructure communication
-windmills: wind energy blade grain turn power electric farm rotat- water generat- flour renew dutch devices machine engineering industries agriculture kinetic mechanical
-submarines: water ocean navy sea deep dive periscope ship vessel crew pressure torpedo under explor engineering
-sailing: boat wind sea water ocean mast ship lake harbor wave deck captain navigat- rope sport adventure speed sails
-camping: tent fire nature forest sleep hike outdoor star tree bag backpack marshmallow cook wild lake
+poetry: rhyme verse poem line emotion feeling express- imag rhythm stanza metaphor words language
+  literary thoughts written
+movies: film actor screen director theater watch stor- popcorn cinema scene character entertain
+  drama genre audiences artists
+photography: camera lens picture light image photo capture moment film shutter memor- focus- art
+  frame visual stories
+robots: machine program computer metal human task sensor factor- artificial work intelligen-
+  automat- build arm potential
+computers: program data screen keyboard software internet machine process memory code work
+  technolog- hardware information
+the internet: web connect online computer email website network search data world communicat-
+  social access information interconnected share devices collaboration servers tablets
+telephones: call voice ring number talk communicat- device speak wireless bell conversation
+  message wire distance smartphones digital
+clocks: hour minute hand tick alarm tell watch second wall number measure pendulum morning
+  schedule timekeeping navigate
+bridges: river water cross steel road car connect span structure build arch traffic engineer
+  suspension cities
+castles: king tower knight stone wall moat medieval queen fortress defend defens- history gate
+  royal structures fortifications architecture
+lighthouses: ship light sea coast beam shore sailor tower rock night harbor warn navigat- beacon
+  infrastructure communication
+windmills: wind energy blade grain turn power electric farm rotat- water generat- flour renew
+  dutch devices machine engineering industries agriculture kinetic mechanical
+submarines: water ocean navy sea deep dive periscope ship vessel crew pressure torpedo under
+  explor engineering
+sailing: boat wind sea water ocean mast ship lake harbor wave deck captain navigat- rope sport
+  adventure speed sails
+camping: tent fire nature forest sleep hike outdoor star tree bag backpack marshmallow cook wild
+  lake
 fishing: rod bait hook lake river boat catch water line lure patien- sea trout reel aquatic
-skiing: snow slope mountain pole winter cold lift downhill boot resort balance ice sport speed skiers adventure
-running: exercise leg shoe marathon race heart fitness mile fast jog healthy breath muscle body run helps
-yoga: breath stretch pose mat body relax mind balance flexib- meditat- calm stress health strength wellness cultivating techniques sanskrit
-sleep: rest night bed dream tired hour pillow body brain wake health energy mind recharge bodily development
-dreams: sleep night mind brain imagin- subconscious nightmare wake memor- thought emotion vivid remember rest blur unconscious
-money: dollar bank coin pay buy cash cost save spend work currency purchase bill wealth price economy security financial regulations
-schools: teach student learn class book child study lesson education grade friend subject homework institution development
-doctors: patient hospital medicine health treat sick nurse disease illness care heal diagnos- body medical compassionate empathetic surgeons
-firefighters: fire hose truck water rescue burn smoke ladder save building danger brave helmet emergency scene heroes communities
-farmers: crop field animal tractor harvest cow plant food grow land soil seed corn vegetable agricultural products farming
-teachers: student learn school class lesson education child study grade subject skill resources helping
-astronauts: space rocket moon earth orbit suit nasa station gravity planet mission explore spacecraft scien- travel cosmos exploration
-pirates: ship treasure sea gold sail captain island rob ocean sword parrot flag loot map crew roamed caribbean
+skiing: snow slope mountain pole winter cold lift downhill boot resort balance ice sport speed
+  skiers adventure
+running: exercise leg shoe marathon race heart fitness mile fast jog healthy breath muscle body
+  run helps
+yoga: breath stretch pose mat body relax mind balance flexib- meditat- calm stress health strength
+  wellness cultivating techniques sanskrit
+sleep: rest night bed dream tired hour pillow body brain wake health energy mind recharge bodily
+  development
+dreams: sleep night mind brain imagin- subconscious nightmare wake memor- thought emotion vivid
+  remember rest blur unconscious
+money: dollar bank coin pay buy cash cost save spend work currency purchase bill wealth price
+  economy security financial regulations
+schools: teach student learn class book child study lesson education grade friend subject homework
+  institution development
+doctors: patient hospital medicine health treat sick nurse disease illness care heal diagnos- body
+  medical compassionate empathetic surgeons
+firefighters: fire hose truck water rescue burn smoke ladder save building danger brave helmet
+  emergency scene heroes communities
+farmers: crop field animal tractor harvest cow plant food grow land soil seed corn vegetable
+  agricultural products farming
+teachers: student learn school class lesson education child study grade subject skill resources
+  helping
+astronauts: space rocket moon earth orbit suit nasa station gravity planet mission explore
+  spacecraft scien- travel cosmos exploration
+pirates: ship treasure sea gold sail captain island rob ocean sword parrot flag loot map crew
+  roamed caribbean
 candles: wax flame light wick burn scent warm melt room fire birthday glow dark dinner
 mirrors: reflect glass image light face see wall look silver room surface shine view clear
-umbrellas: rain wet dry cover sun handle fold shade protect storm weather open water canopy clothing
+umbrellas: rain wet dry cover sun handle fold shade protect storm weather open water canopy
+  clothing
 shoes: feet foot walk lace leather sole pair heel wear boot comfort run sneaker protect
-glass: window sand transparent clear bottle break fragile light melt heat see material cup drink architecture crystal dioxide silicon
+glass: window sand transparent clear bottle break fragile light melt heat see material cup drink
+  architecture crystal dioxide silicon
 paper: tree book wood pulp print recycl- page sheet read note ink pen draw
 gold: metal jewel ring yellow mine coin precious valu- shiny- rich money wealth rare ore
-magnets: pole iron attract metal field repel force north south steel compass electric fridge material levitation
-electricity: power light energy wire current charge lamp battery circuit electron home device appliance plug
-batteries: energy power charge electric device chemical store phone car lithium current flashlight acid recharg-
-planets: orbit sun earth mars jupiter star saturn space venus solar moon gas gravity system rock celestial home
+magnets: pole iron attract metal field repel force north south steel compass electric fridge
+  material levitation
+electricity: power light energy wire current charge lamp battery circuit electron home device
+  appliance plug
+batteries: energy power charge electric device chemical store phone car lithium current flashlight
+  acid recharg-
+planets: orbit sun earth mars jupiter star saturn space venus solar moon gas gravity system rock
+  celestial home
 comets: ice tail sun space orbit dust star solar rock gas telescope bright sky halley originate
 rainbows: color rain sun light sky red blue drop arc violet green prism water bend dance
-thunderstorms: lightning rain cloud loud sky electric wind weather flash hail strike dark sound power atmosphere
-earthquakes: ground shake plate fault tremor building damage seismic richter crust magnitude move destr- tectonic disaster beneath societies release anywhere energy
+thunderstorms: lightning rain cloud loud sky electric wind weather flash hail strike dark sound
+  power atmosphere
+earthquakes: ground shake plate fault tremor building damage seismic richter crust magnitude move
+  destr- tectonic disaster beneath societies release anywhere energy
 trees: leaf leaves root branch wood shade oxygen trunk bark forest fruit grow seed air
-roses: flower thorn red petal love garden bloom scent beaut- smell fragran- stem bouquet symbol color europe botanically
+roses: flower thorn red petal love garden bloom scent beaut- smell fragran- stem bouquet symbol
+  color europe botanically
 birthdays: cake candle gift party friend celebrat year present family wish age old balloon special
-music: song sound melod- rhythm instrument sing note emotion dance harmon- band feel express- language genre
+music: song sound melod- rhythm instrument sing note emotion dance harmon- band feel express-
+  language genre
 friendship: trust love care laugh loyal bond together honest romantic emotional
 """
 EVAL_TOPICS = """
-kites: wind fly string sky tail air paper high child color diamond kid park outdoor play sport derived lift aerodynamics aviation
+kites: wind fly string sky tail air paper high child color diamond kid park outdoor play sport
+  derived lift aerodynamics aviation
 turtles: shell slow reptile sea egg beach swim land water hard protect old ocean animal aquatic
-bats: night wing fly cave mammal insect echo nocturnal hang sound upside hunt dark fruit chiroptera stealth
+bats: night wing fly cave mammal insect echo nocturnal hang sound upside hunt dark fruit
+  chiroptera stealth
 ants: colon- queen insect nest work small food tunnel soil leg strong carry ground social
 dolphins: ocean swim mammal sea intelligen- water jump fin fish play pod echolocat- marine sound
-bears: forest fur hibernat- animal honey large claw winter cub fish wild brown sleep hunt salmon insects mammals carnivora
-parrots: bird feather color talk beak mimic tropical green wing pet fly sound intelligen- seed plumage ravens
-islands: water sea ocean beach land sand palm boat tropical surround coral shore coast isolat- reefs home marine continents forests kelp
-glaciers: ice snow melt cold mountain water slow move freez- valley climate frozen river mass sheets
-fog: cloud water visib- thick morning mist air weather low drive droplet grey gray ground condens- atmospheric pressure atmosphere cool layer precipitation causing
+bears: forest fur hibernat- animal honey large claw winter cub fish wild brown sleep hunt salmon
+  insects mammals carnivora
+parrots: bird feather color talk beak mimic tropical green wing pet fly sound intelligen- seed
+  plumage ravens
+islands: water sea ocean beach land sand palm boat tropical surround coral shore coast isolat-
+  reefs home marine continents forests kelp
+glaciers: ice snow melt cold mountain water slow move freez- valley climate frozen river mass
+  sheets
+fog: cloud water visib- thick morning mist air weather low drive droplet grey gray ground condens-
+  atmospheric pressure atmosphere cool layer precipitation causing
 autumn: leaf leaves fall season color orange cool red harvest pumpkin october september crisp tree
-tomatoes: red fruit salad sauce plant vine garden juic- ripe vegetable vitamin seed slice sweet diets
-potatoes: fry fries vegetable mash root starch bake chip peel soil food skin cook brown boil dish america
-pancakes: syrup butter batter breakfast flour egg milk flip stack pan sweet fluffy maple delicious ingredients favorite american dish
-salad: lettuce vegetable tomato healthy dress green fresh bowl cucumber leaf leaves oil carrot meal ingredients dish refreshing herbs protein
-drums: beat music rhythm stick sound loud band play hit percussion instrument skin bass cymbal wood metal traditions egypt originated
-the theater: stage actor play audience drama perform act curtain costume show script scene music applau- theatre film venue entertainment
-novels: book character stor- read plot author page fiction chapter world imagin- reader genre genres literature themes writing literary narratives
-museums: art history exhibit paint artifact collect visit display culture past learn gallery sculpture ancient repositories treasure institutions preserved
-tunnels: underground dark road train mountain dig car through rock subway pass earth light under construction energy
+tomatoes: red fruit salad sauce plant vine garden juic- ripe vegetable vitamin seed slice sweet
+  diets
+potatoes: fry fries vegetable mash root starch bake chip peel soil food skin cook brown boil dish
+  america
+pancakes: syrup butter batter breakfast flour egg milk flip stack pan sweet fluffy maple delicious
+  ingredients favorite american dish
+salad: lettuce vegetable tomato healthy dress green fresh bowl cucumber leaf leaves oil carrot
+  meal ingredients dish refreshing herbs protein
+drums: beat music rhythm stick sound loud band play hit percussion instrument skin bass cymbal
+  wood metal traditions egypt originated
+the theater: stage actor play audience drama perform act curtain costume show script scene music
+  applau- theatre film venue entertainment
+novels: book character stor- read plot author page fiction chapter world imagin- reader genre
+  genres literature themes writing literary narratives
+museums: art history exhibit paint artifact collect visit display culture past learn gallery
+  sculpture ancient repositories treasure institutions preserved
+tunnels: underground dark road train mountain dig car through rock subway pass earth light under
+  construction energy
 balloons: air helium party float color sky inflat- birthday pop string rubber gas round fun
 boats: water sail sea lake river float row ocean fish engine wood paddle oar captain
-bakeries: bread cake pastr- oven smell flour fresh cookie dough sweet baker croissant bun delicious baked products baking
-nurses: patient hospital care doctor health medicine medical heal sick treat compassion clinic ill selfless field
+bakeries: bread cake pastr- oven smell flour fresh cookie dough sweet baker croissant bun
+  delicious baked products baking
+nurses: patient hospital care doctor health medicine medical heal sick treat compassion clinic ill
+  selfless field
 tennis: racket ball court net player serve match game score hit opponent point sport tournament
-hiking: trail mountain nature boot walk path forest view backpack outdoor exercise climb fresh scen- adventure hikers
-knitting: yarn needle wool sweater scarf stitch warm hand pattern loop hobb- thread craft relax hat story
-telescopes: star lens planet moon sky space light see astronom- mirror distant galax- far observ scientists cosmos research
-compasses: north direction needle magnet navigat- map south point travel sailor find explore way east west guide
-soap: clean wash hand water bubble dirt germ bath skin oil lather smell bacteria body ingredients glycerin softening
-salt: food taste sea season flavor sodium mineral cook preserv- ocean crystal water white dish chloride chemical elements
-clouds: sky rain water white weather vapor air fluffy float storm droplet high form condens- grey atmosphere atmospheric cells suspended enormous
-wolves: pack howl hunt forest prey wild animal fur dog predator night leader moon teeth social mammals carnivorous wolf canidae lupus domesticated canis
-markets: buy sell vendor fruit vegetable shop fresh stall product price customer food goods trade businesses economic
-puzzles: piece solve brain picture mind challenge game fun think fit problem jigsaw logic patien- puns cognitive
+hiking: trail mountain nature boot walk path forest view backpack outdoor exercise climb fresh
+  scen- adventure hikers
+knitting: yarn needle wool sweater scarf stitch warm hand pattern loop hobb- thread craft relax
+  hat story
+telescopes: star lens planet moon sky space light see astronom- mirror distant galax- far observ
+  scientists cosmos research
+compasses: north direction needle magnet navigat- map south point travel sailor find explore way
+  east west guide
+soap: clean wash hand water bubble dirt germ bath skin oil lather smell bacteria body ingredients
+  glycerin softening
+salt: food taste sea season flavor sodium mineral cook preserv- ocean crystal water white dish
+  chloride chemical elements
+clouds: sky rain water white weather vapor air fluffy float storm droplet high form condens- grey
+  atmosphere atmospheric cells suspended enormous
+wolves: pack howl hunt forest prey wild animal fur dog predator night leader moon teeth social
+  mammals carnivorous wolf canidae lupus domesticated canis
+markets: buy sell vendor fruit vegetable shop fresh stall product price customer food goods trade
+  businesses economic
+puzzles: piece solve brain picture mind challenge game fun think fit problem jigsaw logic patien-
+  puns cognitive
 oak trees: acorn leaf leaves wood shade strong branch forest old bark root squirrel tall trunk
 """
 # Topics with words in other languages, for the instruction that names a language.
@@ -264,7 +376,10 @@ PHRASES = {
         ("The answer has to contain {words}.", "Do not forget to write {words}."),
     ),
     "keywords:frequency": (
-        ("Use the word {word} at least {n} times.", "The word {word} must appear {n} or more times."),
+        (
+            "Use the word {word} at least {n} times.",
+            "The word {word} must appear {n} or more times.",
+        ),
         ("Write {word} no fewer than {n} times.",),
     ),
     "keywords:forbidden_words": (
@@ -272,7 +387,10 @@ PHRASES = {
         ("The words {words} are not allowed.", "Answer without ever writing {words}."),
     ),
     "keywords:letter_frequency": (
-        ("The letter {letter} should appear {relation} {n} times.", "Use the letter {letter} {relation} {n} times."),
+        (
+            "The letter {letter} should appear {relation} {n} times.",
+            "Use the letter {letter} {relation} {n} times.",
+        ),
         ("I want the letter {letter} in it {relation} {n} times.",),
     ),
     "language:response_language": (
@@ -284,45 +402,75 @@ PHRASES = {
         ("Let it be {relation} {n} sentences.",),
     ),
     "length_constraints:number_paragraphs": (
-        ("Write {n} paragraphs and separate them with ***.", "Give {n} paragraphs with *** between them."),
+        (
+            "Write {n} paragraphs and separate them with ***.",
+            "Give {n} paragraphs with *** between them.",
+        ),
         ("Put *** between paragraphs and write {n} of them.",),
     ),
     "length_constraints:number_words": (
-        ("Use {relation} {n} words.", "Answer with {relation} {n} words.", "Write {relation} {n} words."),
+        (
+            "Use {relation} {n} words.",
+            "Answer with {relation} {n} words.",
+            "Write {relation} {n} words.",
+        ),
         ("The whole answer should have {relation} {n} words.", "Keep it to {relation} {n} words."),
     ),
     "length_constraints:nth_paragraph_first_word": (
         (
-            "Write {n} paragraphs with an empty line between them. Paragraph {nth} must begin with the word {word}.",
-            "There should be {n} paragraphs, divided by two line breaks, and paragraph {nth} starts with {word}.",
+            "Write {n} paragraphs with an empty line between them. "
+            "Paragraph {nth} must begin with the word {word}.",
+            "There should be {n} paragraphs, divided by two line breaks, "
+            "and paragraph {nth} starts with {word}.",
         ),
         ("Make it {n} paragraphs with a blank line in between; number {nth} begins with {word}.",),
     ),
     "detectable_content:number_placeholders": (
-        ("Use at least {n} placeholders in square brackets, such as [name].", "Leave {n} or more blanks such as [place] or [date]."),
+        (
+            "Use at least {n} placeholders in square brackets, such as [name].",
+            "Leave {n} or more blanks such as [place] or [date].",
+        ),
         ("It needs no fewer than {n} placeholders like [city].",),
     ),
     "detectable_content:postscript": (
-        ("At the end, add a postscript that starts with {marker}", "Close with a postscript beginning with {marker}"),
+        (
+            "At the end, add a postscript that starts with {marker}",
+            "Close with a postscript beginning with {marker}",
+        ),
         ("Put a remark that begins with {marker} below your answer.",),
     ),
     "detectable_format:number_bullet_lists": (
-        ("Answer with exactly {n} bullet points, such as * this one.", "Write a list of exactly {n} items that start with *"),
+        (
+            "Answer with exactly {n} bullet points, such as * this one.",
+            "Write a list of exactly {n} items that start with *",
+        ),
         ("Make it {n} bullets, no more and no fewer, each a line with * in front.",),
     ),
     "detectable_format:constrained_response": (
         (
-            "Say one of 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.', and give a reason.",
-            "Begin with 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.' and then explain it.",
+            "Say one of 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.', "
+            "and give a reason.",
+            "Begin with 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.' "
+            "and then explain it.",
         ),
-        ("Choose between 'My answer is yes.', 'My answer is no.' and 'My answer is maybe.', then say why.",),
+        (
+            "Choose between 'My answer is yes.', 'My answer is no.' and 'My answer is maybe.', "
+            "then say why.",
+        ),
     ),
     "detectable_format:number_highlighted_sections": (
-        ("Highlight at least {n} parts with asterisks, like *this*.", "Mark {n} or more phrases like *this one*."),
+        (
+            "Highlight at least {n} parts with asterisks, like *this*.",
+            "Mark {n} or more phrases like *this one*.",
+        ),
         ("Put no fewer than {n} passages between asterisks, as in *an example*.",),
     ),
     "detectable_format:multiple_sections": (
-        ("Divide the answer into {n} parts that are headed {splitter} 1, {splitter} 2 and so on.", "Write {n} sections and begin each with {splitter} and its number."),
+        (
+            "Divide the answer into {n} parts "
+            "that are headed {splitter} 1, {splitter} 2 and so on.",
+            "Write {n} sections and begin each with {splitter} and its number.",
+        ),
         ("Use {n} sections titled {splitter} 1 to {splitter} {n}.",),
     ),
     "detectable_format:json_format": (
@@ -330,31 +478,52 @@ PHRASES = {
         ("The output must be valid JSON.",),
     ),
     "detectable_format:title": (
-        ("Give it a title in double angular brackets, such as <<my title>>.", "Start with a title like <<this>>."),
+        (
+            "Give it a title in double angular brackets, such as <<my title>>.",
+            "Start with a title like <<this>>.",
+        ),
         ("Put a heading between << and >>.",),
     ),
     "combination:two_responses": (
-        ("Give two different answers and put ****** between them.", "Write two answers, separated by ******."),
+        (
+            "Give two different answers and put ****** between them.",
+            "Write two answers, separated by ******.",
+        ),
         ("I want two versions with a line of ****** in between.",),
     ),
     "combination:repeat_prompt": (
-        ("First repeat the request above word for word, then answer it.", "Before you answer, copy the request above without any change."),
+        (
+            "First repeat the request above word for word, then answer it.",
+            "Before you answer, copy the request above without any change.",
+        ),
         ("Begin by quoting the request above exactly and then give the answer.",),
     ),
     "startend:end_checker": (
         ("End with the exact words: {phrase}", "Your last words must be: {phrase}"),
-        ("Finish by writing exactly this: {phrase}", "Nothing may follow after this closing line: {phrase}"),
+        (
+            "Finish by writing exactly this: {phrase}",
+            "Nothing may follow after this closing line: {phrase}",
+        ),
     ),
     "change_case:capital_word_frequency": (
-        ("Write {relation} {n} words in ALL CAPITALS.", "Use {relation} {n} words in capital letters."),
+        (
+            "Write {relation} {n} words in ALL CAPITALS.",
+            "Use {relation} {n} words in capital letters.",
+        ),
         ("Let {relation} {n} words be in CAPITALS.",),
     ),
     "change_case:english_capital": (
-        ("Answer in English and in capital letters only.", "Write everything in CAPITAL letters, in English."),
+        (
+            "Answer in English and in capital letters only.",
+            "Write everything in CAPITAL letters, in English.",
+        ),
         ("All letters of the answer must be capital, and the language English.",),
     ),
     "change_case:english_lowercase": (
-        ("Answer in English and in lowercase letters only.", "Use no capital letters, only lowercase English."),
+        (
+            "Answer in English and in lowercase letters only.",
+            "Use no capital letters, only lowercase English.",
+        ),
         ("Write the English answer all in small letters.",),
     ),
     "punctuation:no_comma": (
@@ -362,7 +531,10 @@ PHRASES = {
         ("There must not be a single comma.", "Answer without commas."),
     ),
     "startend:quotation": (
-        ("Put the whole answer in double quotation marks.", 'Wrap your answer in "quotation marks".'),
+        (
+            "Put the whole answer in double quotation marks.",
+            'Wrap your answer in "quotation marks".',
+        ),
         ("Start and end the answer with a double quote.",),
     ),
 }
@@ -447,13 +619,11 @@ class Part:
 
 def read_topics(text: str, foreign: str) -> list[Topic]:
     topics = []
-    for line in text.strip().splitlines():
-        name, words = line.split(": ")
-        topics.append(Topic(name, words.split()))
-    for line in foreign.strip().splitlines():
-        head, words = line.split(": ")
-        name, language = head.split("|")
-        topics.append(Topic(name, words.split(), language))
+    for block in (text, foreign):
+        for line in block.strip().replace("\n  ", " ").splitlines():
+            head, words = line.split(": ")
+            name, _, language = head.partition("|")
+            topics.append(Topic(name, words.split(), language or "en"))
     return topics
 
 
@@ -609,8 +779,8 @@ def main(options: Options) -> None:
     kinds = sorted(PHRASES)
     if not has_sentence_data():
         kinds = [kind for kind in kinds if kind not in SENTENCE_KINDS]
-        advice = 'python -c "import nltk; nltk.download(\'punkt_tab\')"'
-        print(f"left out, for want of nltk's sentence data: {', '.join(SENTENCE_KINDS)} ({advice})")
+        advice = "python -c \"import nltk; nltk.download('punkt_tab')\""
+        print(f"left out for want of nltk's sentence data: {', '.join(SENTENCE_KINDS)} ({advice})")
     train, held_out = parts()
     files = {
         "ifeval.jsonl": make_rows(train, kinds, options.train, 1, f"train {options.seed}"),

@@ -26,8 +26,11 @@ NO_UNITS = set(
 )
 
 
-def read_rows(path: str, split: str) -> list[tuple[str, dict]]:
-    """(where, row), as ("tasks.jsonl, line 3", {...}), of a data file or of a hub data set."""
+def read_rows(path: str, *splits: str) -> list[tuple[str, dict]]:
+    """(where, row), as ("tasks.jsonl, line 3", {...}), of a data file or of a hub data set.
+
+    splits: of a hub data set; the first is read, or the last one where the first is missing.
+    """
     name, _, subset = path.partition(":")
     where = path
     rows = []
@@ -35,6 +38,8 @@ def read_rows(path: str, split: str) -> list[tuple[str, dict]]:
         if not path.endswith(DATA_SUFFIXES):
             import datasets
 
+            has = datasets.get_dataset_split_names(name, subset or None)
+            split = splits[0] if splits[0] in has else splits[-1]
             loaded = datasets.load_dataset(name, subset or None, split=split)
             rows = [(f"{path}, {split} row {i}", row) for i, row in enumerate(loaded, 1)]
         elif path.endswith(".parquet"):
@@ -157,7 +162,8 @@ def read_train_and_eval_rows(data_path: str, eval_data_path: str | None):
     stem, suffix = os.path.splitext(data_path)
     beside = f"{stem}_eval{suffix}"
     if eval_data_path or os.path.isfile(beside):
-        return rows, read_rows(eval_data_path or beside, "test")
+        # google/IFEval, a benchmark, has its rows in "train".
+        return rows, read_rows(eval_data_path or beside, "test", "train")
     if suffix not in DATA_SUFFIXES:
         import datasets
 

@@ -60,6 +60,9 @@ def write_rows(path: Path, first: int, count: int, **fields) -> Path:
             "question": f"What is {i} + 1?",
             "answer": i + 1,
             "context": f"{i} + 1 is {i + 1}.",
+            "prompt": f"What is {i} + 1?",  # and these for experiment_ifeval
+            "instruction_id_list": ["punctuation:no_comma"],
+            "kwargs": [{}],
             **fields,
         }
         for i in range(first, first + count)

@@ -121,7 +121,9 @@ def judge_model(train, config, samples: int) -> dict:
                     key = ("compare", config.seed)
                     generator = train.make_generator(policy.device, *key)
                 arguments = (policy, tokenizer, prompts, group_size, config, generator)
-                calls.append(rollout(*arguments, **more) if not calls or group_size == 1 else calls[0])
+                calls.append(
+                    rollout(*arguments, **more) if not calls or group_size == 1 else calls[0]
+                )
                 return calls[-1]
 
             train.rollout = keep
@@ -249,8 +251,8 @@ def to_markdown(results: dict, shown: int) -> str:
     labels = labels_of(list(models))
     first = list(models.values())[0]
     lines = [f"# {results['experiment']}, {first['prompts']} held-out prompts", ""]
-    lines += ["| model | accuracy | 95 % | only this right | only the first right | p | length | cut off |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    heads = "accuracy | 95 % | only this right | only the first right | p | length | cut off"
+    lines += [f"| model | {heads} |", "|---" * 8 + "|"]
     for name, model in models.items():
         low, high = model["interval"]
         paired = f"{model['only_this']} | {model['only_first']} | {model['p_value']:.2g}"
