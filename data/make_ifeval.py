@@ -372,49 +372,45 @@ LANGUAGES = {"es": "Spanish", "fr": "French", "de": "German"}
 # Per kind: phrases for training, and others for the held-out prompts.
 PHRASES = {
     "keywords:existence": (
-        ("Include the words {words}.", "Use {words} somewhere in the answer.", "Mention {words}."),
-        ("The answer has to contain {words}.", "Do not forget to write {words}."),
+        ("Include the words {words}.", "Mention {words}.", "Your answer has to use {words}."),
+        ("Include the keywords {words} in your answer.", "The answer should contain {words}."),
     ),
     "keywords:frequency": (
         (
             "Use the word {word} at least {n} times.",
             "The word {word} must appear {n} or more times.",
         ),
-        ("Write {word} no fewer than {n} times.",),
+        ("In your answer, write {word} at least {n} times.",),
     ),
     "keywords:forbidden_words": (
         ("Do not use the words {words}.", "Avoid {words}.", "Leave out {words}."),
-        ("The words {words} are not allowed.", "Answer without ever writing {words}."),
+        ("Answer without the words {words}.", "The words {words} are not allowed."),
     ),
     "keywords:letter_frequency": (
         (
             "The letter {letter} should appear {relation} {n} times.",
             "Use the letter {letter} {relation} {n} times.",
         ),
-        ("I want the letter {letter} in it {relation} {n} times.",),
+        ("Your answer should have the letter {letter} {relation} {n} times.",),
     ),
     "language:response_language": (
-        ("Answer in {language}.", "Write only {language}.", "Reply in the {language} language."),
-        ("The answer must be entirely {language}.", "I read nothing but {language}."),
+        ("Answer in {language}.", "Reply in the {language} language.", "Write only {language}."),
+        ("Your entire answer should be in {language}.", "Use no language but {language}."),
     ),
     "length_constraints:number_sentences": (
         ("Write {relation} {n} sentences.", "Your answer should have {relation} {n} sentences."),
-        ("Let it be {relation} {n} sentences.",),
+        ("Answer in {relation} {n} sentences.",),
     ),
     "length_constraints:number_paragraphs": (
         (
             "Write {n} paragraphs and separate them with ***.",
-            "Give {n} paragraphs with *** between them.",
+            "Give {n} short paragraphs with *** between them.",
         ),
-        ("Put *** between paragraphs and write {n} of them.",),
+        ("There should be {n} paragraphs, separated with the divider ***",),
     ),
     "length_constraints:number_words": (
-        (
-            "Use {relation} {n} words.",
-            "Answer with {relation} {n} words.",
-            "Write {relation} {n} words.",
-        ),
-        ("The whole answer should have {relation} {n} words.", "Keep it to {relation} {n} words."),
+        ("Use {relation} {n} words.", "Answer with {relation} {n} words."),
+        ("The whole answer should have {relation} {n} words.", "Write {relation} {n} words."),
     ),
     "length_constraints:nth_paragraph_first_word": (
         (
@@ -423,28 +419,31 @@ PHRASES = {
             "There should be {n} paragraphs, divided by two line breaks, "
             "and paragraph {nth} starts with {word}.",
         ),
-        ("Make it {n} paragraphs with a blank line in between; number {nth} begins with {word}.",),
+        (
+            "Write {n} short paragraphs separated by a blank line. "
+            "Begin paragraph {nth} with the word {word}.",
+        ),
     ),
     "detectable_content:number_placeholders": (
         (
             "Use at least {n} placeholders in square brackets, such as [name].",
             "Leave {n} or more blanks such as [place] or [date].",
         ),
-        ("It needs no fewer than {n} placeholders like [city].",),
+        ("It should contain at least {n} placeholders in brackets, such as [city].",),
     ),
     "detectable_content:postscript": (
         (
             "At the end, add a postscript that starts with {marker}",
             "Close with a postscript beginning with {marker}",
         ),
-        ("Put a remark that begins with {marker} below your answer.",),
+        ("After your answer, please write a postscript starting with {marker}",),
     ),
     "detectable_format:number_bullet_lists": (
         (
             "Answer with exactly {n} bullet points, such as * this one.",
             "Write a list of exactly {n} items that start with *",
         ),
-        ("Make it {n} bullets, no more and no fewer, each a line with * in front.",),
+        ("Make a list with exactly {n} bullet points (* like this).",),
     ),
     "detectable_format:constrained_response": (
         (
@@ -454,7 +453,7 @@ PHRASES = {
             "and then explain it.",
         ),
         (
-            "Choose between 'My answer is yes.', 'My answer is no.' and 'My answer is maybe.', "
+            "Choose one of 'My answer is yes.', 'My answer is no.' and 'My answer is maybe.', "
             "then say why.",
         ),
     ),
@@ -463,47 +462,44 @@ PHRASES = {
             "Highlight at least {n} parts with asterisks, like *this*.",
             "Mark {n} or more phrases like *this one*.",
         ),
-        ("Put no fewer than {n} passages between asterisks, as in *an example*.",),
+        ("Highlight {n} words or more with markdown, i.e. *highlighted*.",),
     ),
     "detectable_format:multiple_sections": (
         (
+            "Write {n} sections and begin each with {splitter} and its number.",
             "Divide the answer into {n} parts "
             "that are headed {splitter} 1, {splitter} 2 and so on.",
-            "Write {n} sections and begin each with {splitter} and its number.",
         ),
         ("Use {n} sections titled {splitter} 1 to {splitter} {n}.",),
     ),
     "detectable_format:json_format": (
-        ("Answer in JSON and write nothing else.", "Give the answer as one JSON object."),
-        ("The output must be valid JSON.",),
+        ("Give the answer as one JSON object.", "Answer in JSON and write nothing else."),
+        ("The whole output must be a JSON object.",),
     ),
     "detectable_format:title": (
         (
             "Give it a title in double angular brackets, such as <<my title>>.",
             "Start with a title like <<this>>.",
         ),
-        ("Put a heading between << and >>.",),
+        ("The answer must contain a title in double angular brackets, i.e. <<title>>.",),
     ),
     "combination:two_responses": (
         (
             "Give two different answers and put ****** between them.",
-            "Write two answers, separated by ******.",
+            "Write one answer, then a line with ******, then another answer.",
         ),
-        ("I want two versions with a line of ****** in between.",),
+        ("I want two different versions, with ****** in between.",),
     ),
     "combination:repeat_prompt": (
         (
             "First repeat the request above word for word, then answer it.",
             "Before you answer, copy the request above without any change.",
         ),
-        ("Begin by quoting the request above exactly and then give the answer.",),
+        ("Begin by repeating the request above exactly and then give the answer.",),
     ),
     "startend:end_checker": (
         ("End with the exact words: {phrase}", "Your last words must be: {phrase}"),
-        (
-            "Finish by writing exactly this: {phrase}",
-            "Nothing may follow after this closing line: {phrase}",
-        ),
+        ("Finish by writing exactly this: {phrase}",),
     ),
     "change_case:capital_word_frequency": (
         (
@@ -517,25 +513,25 @@ PHRASES = {
             "Answer in English and in capital letters only.",
             "Write everything in CAPITAL letters, in English.",
         ),
-        ("All letters of the answer must be capital, and the language English.",),
+        ("USE CAPITAL LETTERS FOR THE WHOLE ENGLISH ANSWER.",),
     ),
     "change_case:english_lowercase": (
         (
             "Answer in English and in lowercase letters only.",
             "Use no capital letters, only lowercase English.",
         ),
-        ("Write the English answer all in small letters.",),
+        ("write the whole english answer in lowercase.",),
     ),
     "punctuation:no_comma": (
         ("Do not use any commas.", "Use no commas in your answer.", "Avoid commas."),
-        ("There must not be a single comma.", "Answer without commas."),
+        ("Answer without commas.", "There must be no comma in the answer."),
     ),
     "startend:quotation": (
         (
             "Put the whole answer in double quotation marks.",
             'Wrap your answer in "quotation marks".',
         ),
-        ("Start and end the answer with a double quote.",),
+        ('Your whole answer should be a "quotation" in double quotes.',),
     ),
 }
 
@@ -708,7 +704,7 @@ def make_row(part: Part, kinds: list[str], draw: random.Random) -> dict:
     topics = [topic for topic in part.topics if (topic.language != "en") == is_foreign]
     topic = draw.choice(topics)
     chosen = [first]
-    wanted = draw.choices((1, 2, 3), (45, 40, 15))[0]
+    wanted = draw.choices((1, 2, 3), (60, 30, 10))[0]
     for kind in draw.sample(kinds, len(kinds)):
         fits = all(can_stand_together(kind, other) for other in chosen)
         # The language is chosen with the topic.

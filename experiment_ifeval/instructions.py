@@ -160,10 +160,8 @@ def topic_share(answer: str, task: Task, topic_words: int, least_words: int) -> 
 
     They are different words of task.topic, none of which stands in the prompt. So it is not enough
     to repeat the prompt, and "I'm ready to help with your text about honey bees." earns 0. So does
-    an answer of fewer than `least_words` words. topic_words 0: every answer earns 1.
+    an answer of fewer than `least_words` words.
     """
-    if topic_words == 0:
-        return 1.0
     text = answer.lower()
     if len(re.findall(r"\w+", text)) < least_words:
         return 0.0

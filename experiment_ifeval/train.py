@@ -9,7 +9,7 @@ commas" or "end with these words".
 
 Parent: experiment_base. What differs is the reward: the share of a prompt's instructions that an
 answer follows, times how much the answer is about what was asked. Without the second factor the
-policy learns within ten steps to say nothing at all (README.md); --topic-words 0 shows that.
+policy learns within ten steps to say nothing at all (README.md); --no-honest shows that.
 """
 
 import math
@@ -180,9 +180,15 @@ class Config:
     kl_weight: NonNegativeFloat = 0.01
     # How tokens are averaged, see token_weights in loss.py.
     critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"
-    # Words of the topic that an answer needs to earn all. 0: off-topic answers earn as much.
-    topic_words: NonNegativeInt = 2
-    # An answer of fewer words earns nothing.
+    # Answers earn as far as they are about the request, and nothing if they are cut off. Off: they
+    # earn whatever they say, and the policy learns to say nothing.
+    honest: bool = True
+    # Reward of being on topic. Following every instruction earns 1 more. Higher: more groups have
+    # spread at the beginning, and instructions count less.
+    topic_weight: NonNegativeFloat = 0.5
+    # Words of the topic that an answer on topic has.
+    topic_words: PositiveInt = 2
+    # An answer of fewer words is not on topic.
     least_words: NonNegativeInt = 6
 
     @property
@@ -257,13 +263,20 @@ def judge_group(experience: Experience, config: Config) -> list[Judgement]:
     return judgements
 
 
-def reward(judgements: list[Judgement]) -> dict[str, torch.Tensor]:
+def reward(
+    experience: Experience, judgements: list[Judgement], config: Config
+) -> dict[str, torch.Tensor]:
     """The parts of the reward, (group_size,) each; the reward is their sum.
 
-    A product: an answer that is about something else earns nothing by following instructions.
+    The honest one is a product: an answer that is about something else, or that the token budget
+    cut off, earns nothing by following instructions.
     """
-    earned = [judgement.share * judgement.topic for judgement in judgements]
-    return {"reward_instructions": torch.tensor(earned)}
+    followed = torch.tensor([judgement.share for judgement in judgements])
+    if not config.honest:
+        return {"reward_instructions": followed}
+    topic = torch.tensor([judgement.topic for judgement in judgements])
+    topic = topic * (1 - experience.truncated)
+    return {"reward_instructions": followed * topic, "reward_topic": config.topic_weight * topic}
 
 
 def is_right(judgements: list[Judgement]) -> torch.Tensor:
@@ -512,7 +525,7 @@ def main(config: Config) -> None:
         for experience in experiences:
             group = judge_group(experience, config)
             judgements += group
-            experience.reward_parts = reward(group)
+            experience.reward_parts = reward(experience, group, config)
             experience.rewards = sum(experience.reward_parts.values())  # (group_size,)
             experience.advantages = group_advantages(experience.rewards)  # (group_size,)
         run.watch(step, experiences, tokenizer)  # warns where no group has spread

@@ -1,4 +1,4 @@
-"""tools/compare.py: its statistics, its figures against the experiments' own, and what it writes."""
+"""tools/compare.py: its statistics, its figures against the experiments' own, its files."""
 
 import importlib.util
 import itertools

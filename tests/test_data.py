@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import ROOT, load_experiment
+from helpers import ROOT, embedded_tokenizer, load_experiment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DATA = ROOT / "data"
@@ -357,3 +357,61 @@ def test_embedded_chat_template_renders_what_train_py_tokenises():
     assert (
         tokenizer.decode(tags, skip_special_tokens=True) == "<think>1</think>\n<answer>23</answer>"
     )
+
+
+# ---------------------------------------------------------------- a data set of the hub
+GSM8K_CARD = """---
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train-*
+  - split: test
+    path: main/test-*
+---
+"""
+
+
+def write_gsm8k(folder) -> None:
+    """A directory with the files that openai/gsm8k has on the hub."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (folder / "main").mkdir(parents=True)
+    (folder / "README.md").write_text(GSM8K_CARD)
+    for split, count in (("train", 12), ("test", 3)):
+        rows = {
+            "question": [
+                f"{split}: Ann has {i} apples and buys 1,000. How many?" for i in range(count)
+            ],
+            "answer": [
+                f"{i} + 1000 = <<{i}+1000={1000 + i}>>\n#### 1,{i:03d}" for i in range(count)
+            ],
+        }
+        path = folder / "main" / f"{split}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(pyarrow.table(rows), path)
+
+
+def test_gsm8k_is_read_as_the_hub_has_it(tmp_path, monkeypatch, model):
+    """`--data-path openai/gsm8k:main`: its train split, its test split, the number behind ####."""
+    from test_run import tiny_settings
+
+    write_gsm8k(tmp_path / "openai" / "gsm8k")
+    monkeypatch.chdir(tmp_path)
+    train = load_experiment().train
+    settings = tiny_settings(tmp_path, model, data_path="openai/gsm8k:main", max_prompts=7473)
+    prompts, eval_prompts = train.read_prompts(train.Config(**settings), embedded_tokenizer())
+    assert [prompt.answer for prompt in prompts] == [f"1,{i:03d}" for i in range(12)]
+    assert len(eval_prompts) == 3
+    assert train.accuracy_reward("<answer>1002</answer>", eval_prompts[2].answer) == 1
+    text = embedded_tokenizer().decode(eval_prompts[0].ids)
+    assert "test: Ann has 0 apples" in text
+
+
+def test_a_held_out_data_set_without_a_test_split(tmp_path):
+    """google/IFEval, a benchmark, has its rows in "train"."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": 2}\n')
+    data = load_experiment().data
+    rows = data.read_rows(str(tmp_path / "set"), "test", "train")
+    assert [row["answer"] for _, row in rows] == [2] and "train row 1" in rows[0][0]

@@ -248,7 +248,7 @@ def test_a_language_is_told_alike_each_time():
     """Bug: langdetect draws at random, and the same answer earns now 1, now 0."""
     answer = "Banana sol luna taxi hotel radio pasta."
     task = task_of("language:response_language", {"language": "es"})
-    assert len({instructions.judge(answer, task, 0, 0).strict[0] for _ in range(20)}) == 1
+    assert len({instructions.judge(answer, task, 2, 6).strict[0] for _ in range(20)}) == 1
 
 
 # ---------------------------------------------------------------- rows
@@ -332,9 +332,8 @@ def test_topic_share_by_hand(answer, share):
     assert instructions.topic_share(answer, task, topic_words=2, least_words=6) == share
 
 
-def test_topic_share_switched_off_and_without_words():
-    task = task_of("punctuation:no_comma", {}, BEES)
-    assert instructions.topic_share("Hi.", task, topic_words=0, least_words=6) == 1
+def test_topic_share_of_a_row_without_words():
+    """google/IFEval has none: there an answer is on topic where it is long enough."""
     bare = task_of("punctuation:no_comma", {})
     assert instructions.topic_share("Hi.", bare, topic_words=2, least_words=6) == 0
     assert instructions.topic_share("One two three four five six.", bare, 2, 6) == 1
@@ -369,12 +368,18 @@ GROUP = [
 
 
 def test_reward_by_hand():
-    group = train.judge_group(experience_of(two_kinds(), GROUP), train.Config())
-    assert train.reward(group)["reward_instructions"].tolist() == [1.0, 0.5, 0.5, 0.0]
+    config = train.Config()
+    experience = experience_of(two_kinds(), GROUP)
+    group = train.judge_group(experience, config)
     assert train.is_right(group).tolist() == [1, 0, 0, 0]
+    rewards = train.reward(experience, group, config)["reward_instructions"]
+    assert rewards.tolist() == [1.0, 0.5, 0.5, 0.0]
+    experience.truncated[0] = 1
+    rewards = train.reward(experience, group, config)["reward_instructions"]
+    assert rewards.tolist() == [0.0, 0.5, 0.5, 0.0]
     # The hole in the reward: saying nothing earns all.
-    group = train.judge_group(experience_of(two_kinds(), GROUP), train.Config(topic_words=0))
-    assert train.reward(group)["reward_instructions"].tolist() == [1.0, 0.5, 1.0, 1.0]
+    rewards = train.reward(experience, group, train.Config(honest=False))["reward_instructions"]
+    assert rewards.tolist() == [1.0, 0.5, 1.0, 1.0]
 
 
 def test_figures_of_a_step_by_hand():
@@ -586,7 +591,7 @@ def test_a_step_of_the_real_model(tmp_path):
         train_batch_size=8,
         max_new_tokens=16,
         max_eval_prompts=4,
-        topic_words=0,  # an untrained model seldom earns anything else in so few tokens
+        honest=False,  # an untrained model seldom earns anything else in so few tokens
     )
     train.main(train.Config(**settings))
     line = metrics(tmp_path)[1]
