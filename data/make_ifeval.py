@@ -324,21 +324,20 @@ markets|de: markt kauf verkauf obst produkt preis gemüse mensch
 
 # ---------------------------------------------------------------- phrases
 TRAIN_REQUESTS = (
+    "Write a sentence about {topic}.",
+    "Describe {topic} in one sentence.",
     "Tell me something about {topic}.",
-    "Write one or two sentences about {topic}.",
-    "Describe {topic} in a sentence.",
     "What should a child know about {topic}?",
-    "Explain in a few words why people care about {topic}.",
-    "Write a short text about {topic}.",
     "Give me one interesting fact about {topic}.",
+    "Explain in a few words why people care about {topic}.",
+    "Write one line on {topic}.",
     "What comes to mind when you think of {topic}?",
 )
 EVAL_REQUESTS = (
-    "Describe {topic} to a friend.",
-    "In one or two sentences, what is special about {topic}?",
+    "In one sentence, what is special about {topic}?",
+    "Give a short description of {topic}.",
     "What can you say about {topic}?",
-    "Write a brief explanation of {topic}.",
-    "Write a few words on {topic}.",
+    "State a simple fact about {topic}.",
 )
 TRAIN_QUESTIONS = (
     "Do most people like {topic}?",
@@ -652,7 +651,6 @@ def make_instruction(
         spoken["words"] = joined(words)
     elif kind == "keywords:letter_frequency":
         letter = draw.choice("bckmpvwy")
-        n = draw.randint(2, 4)
         arguments = {"letter": letter, "let_frequency": n, "let_relation": relation}
         spoken["letter"] = letter
     elif kind == "language:response_language":
@@ -663,7 +661,7 @@ def make_instruction(
     elif kind == "length_constraints:number_paragraphs":
         arguments = {"num_paragraphs": n}
     elif kind == "length_constraints:number_words":
-        n = 5 * (draw.randint(4, 9) if relation == "at least" else draw.randint(2, 5))
+        n = 5 * (draw.randint(3, 6) if relation == "at least" else draw.randint(2, 4))
         arguments = {"num_words": n, "relation": relation}
     elif kind == "length_constraints:nth_paragraph_first_word":
         nth = draw.randint(1, n)
@@ -671,17 +669,16 @@ def make_instruction(
         arguments = {"num_paragraphs": n, "nth_paragraph": nth, "first_word": word}
         spoken |= {"nth": nth, "word": word}
     elif kind == "detectable_content:number_placeholders":
-        n = draw.randint(1, 3)
+        n = draw.randint(1, 2)
         arguments = {"num_placeholders": n}
     elif kind == "detectable_content:postscript":
         marker = draw.choice(("P.S.", "P.P.S"))
         arguments = {"postscript_marker": marker}
         spoken["marker"] = marker
     elif kind == "detectable_format:number_bullet_lists":
-        n = draw.randint(2, 4)
         arguments = {"num_bullets": n}
     elif kind == "detectable_format:number_highlighted_sections":
-        n = draw.randint(1, 3)
+        n = draw.randint(1, 2)
         arguments = {"num_highlights": n}
     elif kind == "detectable_format:multiple_sections":
         splitter = draw.choice(("Section", "SECTION"))

@@ -567,7 +567,7 @@ class Run:
         after = self.evaluation
         gains = []
         for name, value in self.before.items():
-            if name != "eval_count":
+            if name != "eval_count" and "/" not in name:  # with a slash: one of many
                 gains.append(f"{name} {value:.4f} -> {after[name]:.4f}")
         seconds = f"in {self.elapsed_seconds():.0f} s"
         print(f"\nheld out ({after['eval_count']} prompts): {', '.join(gains)}, {seconds}")

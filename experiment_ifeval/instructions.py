@@ -52,16 +52,12 @@ class Judgement:
 
     strict: list[bool]
     loose: list[bool]
-    topic: float  # from 0, not about what was asked, to 1, on topic
+    on_topic: bool  # about what was asked
 
     @property
     def share(self) -> float:
         """Of the instructions that the answer follows, strictly."""
         return sum(self.strict) / len(self.strict)
-
-    @property
-    def on_topic(self) -> bool:
-        return self.topic == 1
 
 
 # ---------------------------------------------------------------- rows
@@ -138,13 +134,13 @@ def make_checker(where: str, kind: str, arguments: dict):
 
 # ---------------------------------------------------------------- judging
 def judge(answer: str, task: Task, topic_words: int, least_words: int) -> Judgement:
-    """topic_words, least_words: as in `topic_share`."""
+    """topic_words, least_words: as in `is_on_topic`."""
     versions = get_loose_transformations(answer)
     strict = [is_followed(checker, answer) for checker in task.checkers]
     loose = []
     for checker in task.checkers:
         loose.append(any(is_followed(checker, version) for version in versions))
-    return Judgement(strict, loose, topic_share(answer, task, topic_words, least_words))
+    return Judgement(strict, loose, is_on_topic(answer, task, topic_words, least_words))
 
 
 def is_followed(checker, answer: str) -> bool:
@@ -155,16 +151,15 @@ def is_followed(checker, answer: str) -> bool:
         return False
 
 
-def topic_share(answer: str, task: Task, topic_words: int, least_words: int) -> float:
-    """How much an answer is about what was asked: the share of `topic_words` that it has.
+def is_on_topic(answer: str, task: Task, topic_words: int, least_words: int) -> bool:
+    """Whether an answer has `topic_words` different words of task.topic, or begins of them.
 
-    They are different words of task.topic, none of which stands in the prompt. So it is not enough
-    to repeat the prompt, and "I'm ready to help with your text about honey bees." earns 0. So does
-    an answer of fewer than `least_words` words.
+    None of these stands in the prompt. So it is not enough to repeat the prompt, and "I'm ready to
+    help with your text about honey bees." has none. An answer of fewer than `least_words` words is
+    not on topic either. Rows of google/IFEval have no words of a topic; there that is all.
     """
     text = answer.lower()
     if len(re.findall(r"\w+", text)) < least_words:
-        return 0.0
-    wanted = min(topic_words, len(task.topic))
-    found = sum(bool(re.search(rf"\b{re.escape(word)}", text)) for word in task.topic)
-    return min(1.0, found / wanted) if wanted else 1.0  # google/IFEval has no words of a topic
+        return False
+    found = [word for word in task.topic if re.search(rf"\b{re.escape(word)}", text)]
+    return len(found) >= min(topic_words, len(task.topic))

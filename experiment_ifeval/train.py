@@ -8,7 +8,7 @@ commas" or "end with these words".
     python experiment_ifeval/train.py           # TIME
 
 Parent: experiment_base. What differs is the reward: the share of a prompt's instructions that an
-answer follows, times how much the answer is about what was asked. Without the second factor the
+answer follows, where it is about what was asked, and 0 where it is not. Without that condition the
 policy learns within ten steps to say nothing at all (README.md); --no-honest shows that.
 """
 
@@ -180,14 +180,11 @@ class Config:
     kl_weight: NonNegativeFloat = 0.01
     # How tokens are averaged, see token_weights in loss.py.
     critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"
-    # Answers earn as far as they are about the request, and nothing if they are cut off. Off: they
-    # earn whatever they say, and the policy learns to say nothing.
+    # Answers that are off topic or cut off earn nothing. Off: they earn whatever they say, and the
+    # policy learns to say nothing.
     honest: bool = True
-    # Reward of being on topic. Following every instruction earns 1 more. Higher: more groups have
-    # spread at the beginning, and instructions count less.
-    topic_weight: NonNegativeFloat = 0.5
     # Words of the topic that an answer on topic has.
-    topic_words: PositiveInt = 2
+    topic_words: PositiveInt = 1
     # An answer of fewer words is not on topic.
     least_words: NonNegativeInt = 6
 
@@ -268,15 +265,14 @@ def reward(
 ) -> dict[str, torch.Tensor]:
     """The parts of the reward, (group_size,) each; the reward is their sum.
 
-    The honest one is a product: an answer that is about something else, or that the token budget
-    cut off, earns nothing by following instructions.
+    The share of its instructions that a completion follows. The honest reward is 0 where it is
+    about something else, or where the token budget cut it off.
     """
-    followed = torch.tensor([judgement.share for judgement in judgements])
-    if not config.honest:
-        return {"reward_instructions": followed}
-    topic = torch.tensor([judgement.topic for judgement in judgements])
-    topic = topic * (1 - experience.truncated)
-    return {"reward_instructions": followed * topic, "reward_topic": config.topic_weight * topic}
+    earned = torch.tensor([judgement.share for judgement in judgements])
+    if config.honest:
+        earned *= torch.tensor([judgement.on_topic for judgement in judgements])
+        earned *= 1 - experience.truncated
+    return {"reward_instructions": earned}
 
 
 def is_right(judgements: list[Judgement]) -> torch.Tensor:

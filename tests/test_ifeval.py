@@ -315,28 +315,31 @@ BEES = ["hive", "pollen", "nectar", "pollinat"]
 
 
 @pytest.mark.parametrize(
-    "answer, share",
+    "answer, found",
     [
-        ("They bring pollen and nectar home to the hive.", 1.0),
-        ("They pollinate many plants in the garden.", 0.5),  # begins a word of the topic
-        ("POLLEN FEEDS THE HIVE ALL YEAR LONG.", 1.0),
-        ("I'm ready to help with your text about honey bees.", 0.0),
-        ("Pollen pollen pollen pollen pollen pollen pollen.", 0.5),  # one word, many times
-        ("Hive and pollen and nectar.", 0.0),  # five words
-        ("The archive holds repollen of all kinds here.", 0.0),  # inside a word
-        ("", 0.0),
+        ("They bring pollen and nectar home to the hive.", 3),
+        ("They pollinate many plants in the garden.", 1),  # begins a word of the topic
+        ("POLLEN FEEDS THE HIVE ALL YEAR LONG.", 2),
+        ("I'm ready to help with your text about honey bees.", 0),
+        ("Pollen pollen pollen pollen pollen pollen pollen.", 1),  # one word, many times
+        ("Hive and pollen and nectar.", 0),  # five words
+        ("The archive holds repollen of all kinds here.", 0),  # inside a word
+        ("", 0),
     ],
 )
-def test_topic_share_by_hand(answer, share):
+def test_on_topic_by_hand(answer, found):
+    """Where so many words of the topic are found, or fewer are asked for, it is on topic."""
     task = task_of("punctuation:no_comma", {}, BEES)
-    assert instructions.topic_share(answer, task, topic_words=2, least_words=6) == share
+    for topic_words in (1, 2, 3):
+        on_topic = instructions.is_on_topic(answer, task, topic_words, least_words=6)
+        assert on_topic == (found >= topic_words)
 
 
-def test_topic_share_of_a_row_without_words():
+def test_on_topic_in_a_row_without_words():
     """google/IFEval has none: there an answer is on topic where it is long enough."""
     bare = task_of("punctuation:no_comma", {})
-    assert instructions.topic_share("Hi.", bare, topic_words=2, least_words=6) == 0
-    assert instructions.topic_share("One two three four five six.", bare, 2, 6) == 1
+    assert not instructions.is_on_topic("Hi.", bare, 1, 6)
+    assert instructions.is_on_topic("One two three four five six.", bare, 1, 6)
 
 
 # ---------------------------------------------------------------- reward and figures
@@ -362,7 +365,7 @@ def two_kinds():
 GROUP = [
     '"They bring pollen home to the hive."',  # both, on topic
     "They bring pollen home to the hive.",  # one of two, on topic
-    '"They bring some pollen home every day."',  # both, half on topic
+    '"They bring something home every day."',  # both, off topic
     '"I am ready when you are my friend."',  # both, off topic
 ]
 
@@ -373,10 +376,10 @@ def test_reward_by_hand():
     group = train.judge_group(experience, config)
     assert train.is_right(group).tolist() == [1, 0, 0, 0]
     rewards = train.reward(experience, group, config)["reward_instructions"]
-    assert rewards.tolist() == [1.0, 0.5, 0.5, 0.0]
+    assert rewards.tolist() == [1.0, 0.5, 0.0, 0.0]
     experience.truncated[0] = 1
     rewards = train.reward(experience, group, config)["reward_instructions"]
-    assert rewards.tolist() == [0.0, 0.5, 0.5, 0.0]
+    assert rewards.tolist() == [0.0, 0.5, 0.0, 0.0]
     # The hole in the reward: saying nothing earns all.
     rewards = train.reward(experience, group, train.Config(honest=False))["reward_instructions"]
     assert rewards.tolist() == [1.0, 0.5, 1.0, 1.0]

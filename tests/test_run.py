@@ -124,8 +124,15 @@ def fingerprint(completion: str, answer: str, *_) -> float:
 
 
 def reward_by(score, train, monkeypatch) -> None:
-    """score(completion, right answer) in place of the accuracy, of F1 and of exact match."""
+    """score(completion, right answer) in place of the accuracy, of F1 and of exact match, and of
+    the share of instructions that is followed."""
     spaces = [vars(train)]
+    if hasattr(train, "judge_group"):
+
+        def judge(completion, *_):
+            return train.Judgement([score(completion, "")], [True], on_topic=True)
+
+        monkeypatch.setattr(train, "judge", judge)
     if hasattr(train, "search_metrics"):  # of answers.py, which has these names too
         spaces.append(train.search_metrics.__globals__)
     for space in spaces:
@@ -552,15 +559,18 @@ def test_metrics_of_a_run(experiment, tmp_path, model, monkeypatch, capsys):
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert [step for step, line in enumerate(lines) if "eval_accuracy" in line] == [0, 2, 3]
-    assert all(
-        {"eval_accuracy", "eval_accuracy_lenient", "eval_count"} <= set(lines[i]) for i in (0, 2, 3)
-    )
+    has_instructions = hasattr(train, "judge_group")
+    evaluated = {"eval_accuracy", "eval_count"}
+    evaluated.add("eval_prompt_loose" if has_instructions else "eval_accuracy_lenient")
+    assert all(evaluated <= set(lines[i]) for i in (0, 2, 3))
     assert lines[0]["eval_count"] == 8
     for line in lines[1:]:
         fields = {
             "reward_f1" if name == "reward_accuracy" and "reward_f1" in line else name
             for name in FIELDS
         }
+        if has_instructions:
+            fields = fields - {"reward_accuracy", "reward_format"} | {"reward_instructions"}
         missing = fields - set(line)
         numbers = fields - ({"kl"} if train.Config().kl_weight == 0 else set())
         assert not missing and all(isinstance(line[name], (int, float)) for name in numbers), (

@@ -13,6 +13,7 @@ LESSON = ("train.py", "loss.py", "replay_buffer.py")
 MOST_CHANGED_LINES = {
     "experiment_drgrpo": 20,
     "experiment_dapo": 105,
+    "experiment_ifeval": 330,
     "experiment_multiturn_tool_calling": 300,
     "experiment_multiturn_qa": 170,
 }
