@@ -125,8 +125,8 @@ class Config:
     # Default: <data>_eval.jsonl beside it, the hub's test split, or the last 10 %. google/IFEval
     # is the benchmark itself; its answers are longer.
     eval_data_path: str | None = None
-    # SmolLM2's own; its template writes it where a chat has none.
-    system_prompt: str = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    # Before training, it earns more with this one than with its own.
+    system_prompt: str = "Answer in one or two short sentences, and follow every instruction."
     # Training prompts, from the start of the file.
     max_prompts: PositiveInt = 2048
     # Held-out prompts. Higher: a steadier figure, and slower evaluations.
@@ -139,9 +139,10 @@ class Config:
     # Completions of a prompt, at least 2. Higher: a better baseline, and more sampling.
     group_size: PositiveInt = 8
     # Prompts of a step. Higher: a less noisy gradient, and longer steps.
-    rollouts_per_step: PositiveInt = 8
-    # Higher: more varied completions. Every log-prob of the loss is taken at this temperature.
-    temperature: Temperature = 1.0
+    rollouts_per_step: PositiveInt = 16
+    # Every log-prob of the loss is taken at this temperature. At 1 this small model writes
+    # nonsense, and few groups have spread.
+    temperature: Temperature = 0.5
     # Tokens of prompt and completion together.
     max_length: PositiveInt = 512
     # Tokens of a completion. Higher: fewer are cut off, and sampling takes longer.
@@ -166,7 +167,7 @@ class Config:
     micro_batch_tokens: PositiveInt = 1024
     # adamw8bit keeps its state in 8 bits (bitsandbytes).
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    # Learning rate of the embedded policy. Real models: 1e-6 for all weights, 1e-5 with LoRA.
+    # High for a real model. Larger ones: 1e-6 for all weights, 1e-5 with LoRA.
     lr: NonNegativeFloat = 5e-5
     # A longer gradient is scaled down to this norm. Higher: that happens less often. 0: never.
     max_norm: NonNegativeFloat = 1.0
@@ -177,7 +178,7 @@ class Config:
     clip_eps_high: NonNegativeFloat = 0.2
     # Weight of the KL to the policy that training began with. Higher: stays closer. 0 needs no
     # reference.
-    kl_weight: NonNegativeFloat = 0.01
+    kl_weight: NonNegativeFloat = 0.0
     # How tokens are averaged, see token_weights in loss.py.
     critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"
     # Answers that are off topic or cut off earn nothing. Off: they earn whatever they say, and the
