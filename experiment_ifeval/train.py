@@ -16,7 +16,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,9 +28,11 @@ from loss import GRPOLoss, loss_metrics
 from model import (
     as_reference,
     autocast,
+    base_model_of,
     can_pack,
     find_eos_ids,
     load_model,
+    load_pretrained,
     load_tokenizer,
     make_optimizer,
     make_scaler,
@@ -464,10 +466,14 @@ def start_perplexity(policy, reference, experiences: list[Experience], config: C
     """exp(-mean log-prob of a token) of the answers under the policy that training began with.
 
     Text that a language model would not write has a high one, and endless repetition a low one.
-    Nothing without a reference: all weights are trained, and kl_weight is 0.
+    Where no reference is in memory, it is read for this. Nothing where nothing is trained.
     """
-    if reference is None and not config.lora_rank:
+    if config.max_steps == 0:
         return {}
+    config = replace(config, temperature=1.0)
+    if reference is None and not hasattr(policy, "peft_config"):
+        name = base_model_of(config.model_name)
+        reference = load_pretrained(name, config, policy.device, trainable=False).eval()
     rows = []
     for experience in experiences:
         experience.advantages = torch.zeros(1)

@@ -241,6 +241,8 @@ class RoomyLayer(DynamicLayer):
 
 def leave_room(cache) -> None:
     """Let a KV cache grow without copying. Layers of another kind (sliding window) stay."""
+    if not isinstance(cache, DynamicCache):
+        return
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = RoomyLayer(layer)

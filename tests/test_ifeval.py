@@ -402,7 +402,7 @@ def test_figures_of_an_evaluation_by_hand(monkeypatch):
     experiences = [experience_of(two_kinds(), [text], [i + 1]) for i, text in enumerate(GROUP)]
     monkeypatch.setattr(train, "rollout", lambda *_: experiences)
     prompts = [train.Prompt([5], e.answer) for e in experiences]
-    config = train.Config(kl_weight=0.0, lora_rank=0)
+    config = train.Config(max_steps=0)
     found = train.evaluate(None, None, None, prompts, config)
     assert found == pytest.approx(
         {
@@ -445,7 +445,10 @@ def test_start_perplexity_equals_the_plain_lines(tmp_path, model):
         log_probs.append(all_log_probs.gather(1, ids[0, 2:, None])[:, 0])
     expected = math.exp(-torch.cat(log_probs).mean().item())
     assert found["eval_start_perplexity"] == pytest.approx(expected, rel=1e-4)
-    assert train.start_perplexity(policy, None, experiences, train.Config(lora_rank=0)) == {}
+    # In full training without a KL term there is no reference in memory: it is read again.
+    found = train.start_perplexity(plain, None, experiences, config)
+    assert found["eval_start_perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert train.start_perplexity(plain, None, experiences, train.Config(max_steps=0)) == {}
 
 
 def test_kinds_that_are_left_out(tmp_path, model, capsys):
