@@ -2,7 +2,7 @@
 of instruction left out of training; draw what came out.
 
     python data/get_smollm2.py
-    python benchmarks/ifeval_curve.py               # TIME on 2 cores
+    python benchmarks/ifeval_curve.py
 
 Writes results/ifeval_curve.json (every run's figures before and after, by kind of instruction too,
 what is drawn, and greedy answers to held-out prompts before and after) and

@@ -5,7 +5,7 @@ commas" or "end with these words".
 
     pip install -r requirements-ifeval.txt
     python data/get_smollm2.py                  # the model, once; half a minute
-    python experiment_ifeval/train.py           # TIME
+    python experiment_ifeval/train.py
 
 Parent: experiment_base. What differs is the reward: the share of a prompt's instructions that an
 answer follows, where it is about what was asked, and 0 where it is not. Without that condition the
