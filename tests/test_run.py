@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -963,6 +964,7 @@ def test_tensorboard_is_cut_back_on_resume(tmp_path, model):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         die_in_step(4, patch)
         run_main(tmp_path, model, max_steps=4)
+    time.sleep(1)  # TensorBoard reads its files by name: by second, then by a count whose 10 is < 9
     run_main(tmp_path, model, max_steps=4, resume=True)
     events = EventAccumulator(str(tmp_path / "runs" / "run")).Reload()
     assert [event.step for event in events.Scalars("reward")] == [1, 2, 3, 4]
