@@ -49,15 +49,18 @@ def run_seed(
     seed: int, config: Config, experiment: Path = EXPERIMENT, eval_interval: int = 2
 ) -> list[dict]:
     """Lines of metrics.jsonl of one run of an experiment's default command."""
-    path = config.log_dir / f"seed_{seed}" / "metrics.jsonl"
+    flags = ["--seed", str(seed), "--eval-interval", str(eval_interval)]
+    return run_once(f"seed_{seed}", flags, config, experiment)
+
+
+def run_once(name: str, flags: list[str], config, experiment: Path) -> list[dict]:
+    """Lines of metrics.jsonl of a run, which is made where it is not complete under --log-dir."""
+    path = config.log_dir / name / "metrics.jsonl"
     if not (path.is_file() and "eval_accuracy" in path.read_text().splitlines()[-1]):
-        flags = {"seed": seed, "run-name": f"seed_{seed}", "eval-interval": eval_interval}
-        flags |= {"log-dir": config.log_dir, "checkpoint-path": config.checkpoint_path}
-        command = [sys.executable, experiment / "train.py"]
-        subprocess.run(
-            command + [str(part) for name, value in flags.items() for part in (f"--{name}", value)],
-            check=True,
-        )
+        command = [sys.executable, str(experiment / "train.py"), "--run-name", name, *flags]
+        command += ["--log-dir", str(config.log_dir)]
+        command += ["--checkpoint-path", str(config.checkpoint_path)]
+        subprocess.run(command, check=True)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

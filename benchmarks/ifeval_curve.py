@@ -9,23 +9,19 @@ what is drawn, and greedy answers to held-out prompts before and after) and
 results/ifeval_curve.png. Runs that are complete under --log-dir are not repeated.
 """
 
-import datetime
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import tyro
+from base_curve import ROOT, plt, run_once
 from vs_trl import describe_machine
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+from plot import series  # noqa: E402
+
 EXPERIMENT = ROOT / "experiment_ifeval"
 UNSEEN = ("detectable_format:title", "change_case:english_lowercase", "startend:quotation")
 ALWAYS = ("eval_accuracy", "eval_on_topic", "eval_prompt_strict", "eval_instruction_strict")
@@ -40,19 +36,6 @@ class Config:
     log_dir: Path = Path("runs/ifeval_curve")
     checkpoint_path: Path = Path("output/ifeval_curve")
     results: Path = ROOT / "results"
-
-
-def run(name: str, flags: dict, config: Config) -> list[dict]:
-    """Lines of metrics.jsonl of a run."""
-    path = config.log_dir / name / "metrics.jsonl"
-    if not (path.is_file() and "eval_accuracy" in path.read_text().splitlines()[-1]):
-        flags = flags | {"run-name": name, "log-dir": config.log_dir}
-        flags |= {"checkpoint-path": config.checkpoint_path}
-        command = [sys.executable, str(EXPERIMENT / "train.py")]
-        for flag, value in flags.items():
-            command += [f"--{flag}", str(value)] if value != "" else [f"--{flag}"]
-        subprocess.run(command, check=True)
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def summarise(lines: list[dict]) -> dict:
@@ -100,30 +83,21 @@ def greedy_answers(model_name: str, count: int) -> list[dict]:
     return answers
 
 
-def smoothed(values: list[float], count: int) -> list[float]:
-    """The mean of each value and up to `count` - 1 before it."""
-    windows = [values[max(0, i + 1 - count) : i + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
-
-
-def draw(runs: dict[str, dict], config: Config, path: Path) -> None:
+def draw(runs: dict[str, list[dict]], config: Config, path: Path) -> None:
+    """runs: the lines of metrics.jsonl of each."""
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), sharey=True)
     for i, seed in enumerate(config.seeds):
-        steps = runs[f"seed_{seed}"]["in_training"]
         for name, style in (("accuracy", "-"), ("on_topic", "--")):
-            values = smoothed(steps[name], config.smooth)
+            curve = series(runs[f"seed_{seed}"], name, config.smooth)
             label = f"{name.replace('_', ' ')}, seed {seed}"
-            panels[0].plot(range(1, len(values) + 1), values, style, color=f"C{i}", label=label)
+            panels[0].plot(*curve, style, color=f"C{i}", label=label)
     panels[0].set(title="the default", xlabel="step", ylabel="share of the sampled answers")
     for panel, name, title in (
         (panels[1], f"seed_{config.seeds[0]}", "the default: what is followed, and what is said"),
         (panels[2], "gamed", "--no-honest: a reward that can be gamed"),
     ):
-        steps = runs[name]["in_training"]
-        for figure_name in ("instructions", "on_topic"):
-            values = smoothed(steps[figure_name], config.smooth)
-            label = {"instructions": "instructions followed", "on_topic": "on topic"}[figure_name]
-            panel.plot(range(1, len(values) + 1), values, label=label)
+        for metric, label in (("instructions", "instructions followed"), ("on_topic", "on topic")):
+            panel.plot(*series(runs[name], metric, config.smooth), label=label)
         panel.set(title=title, xlabel="step")
     for panel in panels:
         panel.set_ylim(0, 1)
@@ -135,27 +109,28 @@ def draw(runs: dict[str, dict], config: Config, path: Path) -> None:
 
 def main(config: Config) -> None:
     first = config.seeds[0]
-    plan = {f"seed_{seed}": {"seed": seed} for seed in config.seeds}
-    plan["gamed"] = {"seed": first, "no-honest": ""}
-    plan["unseen_kinds"] = {"seed": first, "left-out-kinds": ",".join(UNSEEN)}
+    plan = {f"seed_{seed}": ["--seed", str(seed)] for seed in config.seeds}
+    plan["gamed"] = ["--seed", str(first), "--no-honest"]
+    plan["unseen_kinds"] = ["--seed", str(first), "--left-out-kinds", ",".join(UNSEEN)]
     runs = {}
+    summaries = {}
     for name, flags in plan.items():
-        runs[name] = summarise(run(name, flags, config))
-        gains = [f"{key} {runs[name][key][0]:.3f} -> {runs[name][key][1]:.3f}" for key in ALWAYS]
+        runs[name] = run_once(name, flags, config, EXPERIMENT)
+        summaries[name] = summarise(runs[name])
+        figures = {key: summaries[name][key] for key in ALWAYS}
+        gains = [f"{key} {before:.3f} -> {after:.3f}" for key, (before, after) in figures.items()]
         print(f"{name}: {', '.join(gains)}", flush=True)
     answers = {"start": greedy_answers(str(ROOT / "data" / "smollm2"), config.answers)}
     for name in (f"seed_{first}", "gamed"):
-        step = f"step_{runs[name]['steps']:06d}"
+        step = f"step_{summaries[name]['steps']:06d}"
         checkpoint = config.checkpoint_path / "experiment_ifeval" / name / step
         answers[name] = greedy_answers(str(checkpoint), config.answers)
     report = {
         "command": "python experiment_ifeval/train.py --seed SEED",
         "gamed": "--no-honest",
         "unseen_kinds": f"--left-out-kinds {','.join(UNSEEN)}",
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(),
-        "cores": os.cpu_count(),
-        "runs": runs,
+        "machine": describe_machine(),  # with the date
+        "runs": summaries,
         "answers": answers,
     }
     (config.results / "ifeval_curve.json").write_text(json.dumps(report, indent=1) + "\n")

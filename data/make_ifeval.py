@@ -19,13 +19,16 @@ They are left out where it is missing, as it was when the files in this director
 
 import json
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiment_ifeval"))
+from instructions import SENTENCE_KINDS, has_sentence_data  # noqa: E402
+
 DATA = Path(__file__).resolve().parent
-SENTENCE_KINDS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 
 # ---------------------------------------------------------------- topics
 # A topic, then beginnings of words that answers about it use; a hyphen ends what is no whole word.
@@ -575,16 +578,6 @@ def can_stand_together(kind: str, other: str) -> bool:
         if other in table.get(kind, ()) or kind in table.get(other, ()):
             return False
     return kind != other and not {kind, other} <= SHAPES
-
-
-def has_sentence_data() -> bool:
-    """Whether nltk's sentence data is on this machine."""
-    import nltk
-
-    try:
-        return bool(nltk.data.find("tokenizers/punkt_tab/english/"))
-    except LookupError:
-        return False
 
 
 # ---------------------------------------------------------------- rows

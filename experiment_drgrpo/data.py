@@ -38,8 +38,10 @@ def read_rows(path: str, *splits: str) -> list[tuple[str, dict]]:
         if not path.endswith(DATA_SUFFIXES):
             import datasets
 
-            has = datasets.get_dataset_split_names(name, subset or None)
-            split = splits[0] if splits[0] in has else splits[-1]
+            split = splits[0]
+            if len(splits) > 1:
+                has = datasets.get_dataset_split_names(name, subset or None)
+                split = split if split in has else splits[-1]
             loaded = datasets.load_dataset(name, subset or None, split=split)
             rows = [(f"{path}, {split} row {i}", row) for i, row in enumerate(loaded, 1)]
         elif path.endswith(".parquet"):

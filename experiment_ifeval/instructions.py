@@ -51,13 +51,17 @@ class Judgement:
     """What an answer is worth, instruction by instruction."""
 
     strict: list[bool]
-    loose: list[bool]
     on_topic: bool  # about what was asked
 
     @property
     def share(self) -> float:
         """Of the instructions that the answer follows, strictly."""
         return sum(self.strict) / len(self.strict)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer follows every instruction and is on topic."""
+        return self.on_topic and all(self.strict)
 
 
 # ---------------------------------------------------------------- rows
@@ -88,7 +92,10 @@ def is_undecided(where: str, row: dict) -> bool:
     Some need nltk's data. google/IFEval has a few that ask for the frequency of "!" or "#": their
     checker, which knows letters alone, draws a letter of its own.
     """
-    for kind, arguments in zip(kinds_of(where, row), row.get("kwargs") or []):
+    all_arguments = row.get("kwargs")
+    if not isinstance(all_arguments, list):
+        return False  # make_task refuses it
+    for kind, arguments in zip(kinds_of(where, row), all_arguments):
         if kind in SENTENCE_KINDS and not has_sentence_data():
             return True
         letter = arguments.get("letter") if isinstance(arguments, dict) else None
@@ -135,12 +142,17 @@ def make_checker(where: str, kind: str, arguments: dict):
 # ---------------------------------------------------------------- judging
 def judge(answer: str, task: Task, topic_words: int, least_words: int) -> Judgement:
     """topic_words, least_words: as in `is_on_topic`."""
-    versions = get_loose_transformations(answer)
     strict = [is_followed(checker, answer) for checker in task.checkers]
+    return Judgement(strict, is_on_topic(answer, task, topic_words, least_words))
+
+
+def judge_loosely(answer: str, task: Task) -> list[bool]:
+    """Of each instruction, whether any of the eight versions follows it."""
+    versions = get_loose_transformations(answer)
     loose = []
     for checker in task.checkers:
         loose.append(any(is_followed(checker, version) for version in versions))
-    return Judgement(strict, loose, is_on_topic(answer, task, topic_words, least_words))
+    return loose
 
 
 def is_followed(checker, answer: str) -> bool:

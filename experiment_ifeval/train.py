@@ -23,7 +23,15 @@ from typing import Literal
 import torch
 import tyro
 from data import choose_rows, read_train_and_eval_rows, text_of
-from instructions import Judgement, Task, is_undecided, judge, kinds_of, make_task
+from instructions import (
+    Judgement,
+    Task,
+    is_undecided,
+    judge,
+    judge_loosely,
+    kinds_of,
+    make_task,
+)
 from loss import GRPOLoss, loss_metrics
 from model import (
     as_reference,
@@ -207,20 +215,29 @@ class Prompt:
 def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, held-out prompts), checked, rendered by the chat template, tokenised."""
     rows, eval_rows = read_train_and_eval_rows(config.data_path, config.eval_data_path)
-    rows = [(where, row) for where, row in rows if not is_undecided(where, row)]
-    decided = [(where, row) for where, row in eval_rows if not is_undecided(where, row)]
-    if len(decided) < len(eval_rows):
-        print(f"{len(eval_rows) - len(decided)} held-out prompts cannot be judged (README.md)")
-    rows, eval_rows = choose_rows(rows, decided, config, left_out_by)
+    rows = without_undecided(rows, "training")
+    eval_rows = without_undecided(eval_rows, "held-out")
+    rows, eval_rows = choose_rows(rows, eval_rows, config, left_out_by)
     prompts = [make_prompt(where, row, config, tokenizer) for where, row in rows]
     eval_prompts = [make_prompt(where, row, config, tokenizer) for where, row in eval_rows]
     return prompts, eval_prompts
 
 
+def without_undecided(rows: list[tuple[str, dict]], what: str) -> list[tuple[str, dict]]:
+    """The rows that can be judged here; says how many cannot."""
+    decided = [(where, row) for where, row in rows if not is_undecided(where, row)]
+    if len(decided) < len(rows):
+        print(f"{len(rows) - len(decided)} {what} prompts cannot be judged (README.md)")
+    return decided
+
+
 def left_out_by(where: str, row: dict, config: Config) -> str:
     """The constant that leaves a row out; "" where it is selected."""
-    left_out = {kind.strip() for kind in config.left_out_kinds.split(",")}
-    return "left_out_kinds" if left_out & set(kinds_of(where, row)) else ""
+    if not config.left_out_kinds:
+        return ""
+    left_out = [kind.strip() for kind in config.left_out_kinds.split(",")]
+    left_out = kinds_of("--left-out-kinds", {"instruction_id_list": left_out})  # all known
+    return "left_out_kinds" if set(left_out) & set(kinds_of(where, row)) else ""
 
 
 def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
@@ -280,8 +297,7 @@ def reward(
 
 def is_right(judgements: list[Judgement]) -> torch.Tensor:
     """(completions,), 1 where every instruction is followed and the answer is on topic."""
-    right = [judgement.on_topic and all(judgement.strict) for judgement in judgements]
-    return torch.tensor(right).float()
+    return torch.tensor([judgement.is_right for judgement in judgements]).float()
 
 
 def instruction_metrics(
@@ -435,15 +451,16 @@ def evaluate(
     """
     experiences = rollout(policy, tokenizer, prompts, 1, config)
     judgements = [judge_group(experience, config)[0] for experience in experiences]
-    on_topic = [judgement for judgement in judgements if judgement.on_topic]
-    accuracy = sum(all(judgement.strict) for judgement in on_topic) / len(judgements)
-    metrics = {"eval_accuracy": accuracy}
-    metrics["eval_on_topic"] = len(on_topic) / len(judgements)
-    for suffix, chosen in (("", judgements), ("_on_topic", on_topic)):
-        for mode in ("strict", "loose"):
-            verdicts = [getattr(judgement, mode) for judgement in chosen]  # instructions, of each
-            metrics[f"eval_prompt_{mode}{suffix}"] = share([all(v) for v in verdicts])
-            metrics[f"eval_instruction_{mode}{suffix}"] = share([x for v in verdicts for x in v])
+    strict = [judgement.strict for judgement in judgements]
+    loose = [judge_loosely(e.completions[0], e.answer) for e in experiences]
+    on_topic = [judgement.on_topic for judgement in judgements]
+    metrics = {"eval_accuracy": share([judgement.is_right for judgement in judgements])}
+    metrics["eval_on_topic"] = share(on_topic)
+    for mode, verdicts in (("strict", strict), ("loose", loose)):  # instructions, of each answer
+        chosen = [verdict for verdict, is_chosen in zip(verdicts, on_topic) if is_chosen]
+        for suffix, part in (("", verdicts), ("_on_topic", chosen)):
+            metrics[f"eval_prompt_{mode}{suffix}"] = share([all(v) for v in part])
+            metrics[f"eval_instruction_{mode}{suffix}"] = share([x for v in part for x in v])
     lengths = [float(len(experience.completion_ids[0])) for experience in experiences]
     metrics["eval_length"] = sum(lengths) / len(lengths)
     metrics["eval_truncated"] = torch.cat([e.truncated for e in experiences]).mean().item()

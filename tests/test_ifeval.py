@@ -203,8 +203,9 @@ def task_of(kind: str, arguments: dict, topic=()):
 
 
 def follows(kind: str, arguments: dict, answer: str, mode: str = "strict") -> bool:
-    judgement = instructions.judge(answer, task_of(kind, arguments), 2, 6)
-    (verdict,) = getattr(judgement, mode)
+    task = task_of(kind, arguments)
+    strict = instructions.judge(answer, task, 2, 6).strict
+    (verdict,) = strict if mode == "strict" else instructions.judge_loosely(answer, task)
     return verdict
 
 
@@ -260,6 +261,7 @@ def test_a_language_is_told_alike_each_time():
         ({"instruction_id_list": ["punctuation:none"]}, "is no kind of instruction"),
         ({"kwargs": []}, "must be a list of 1 objects"),
         ({"kwargs": [None]}, "must be a list of 1 objects"),
+        ({"kwargs": 3}, "must be a list of 1 objects"),
         ({"kwargs": [{"num_words": 3}]}, "cannot be checked"),
         ({"topic": "bread"}, "'topic' must be a list of words"),
         ({"topic": [3]}, "'topic' must be a list of words"),
@@ -278,6 +280,7 @@ def test_a_language_is_told_alike_each_time():
 def test_wrong_rows_end_in_one_line(change, said):
     row = row_of(["punctuation:no_comma"], [{}]) | change
     with pytest.raises(SystemExit) as exit:
+        instructions.is_undecided("tasks.jsonl, line 3", row)
         instructions.make_task("tasks.jsonl, line 3", row)
     assert exit.value.code.startswith("error: tasks.jsonl, line 3: ")
     assert said in exit.value.code and "\n" not in exit.value.code
@@ -464,6 +467,9 @@ def test_kinds_that_are_left_out(tmp_path, model, capsys):
     assert len(prompts) == 8 and len(eval_prompts) == 12
     assert {kind for prompt in prompts for kind in prompt.task.kinds} == {"punctuation:no_comma"}
     assert "4 left out by --left-out-kinds" in capsys.readouterr().out
+    config.left_out_kinds = "startend:quotations"
+    with pytest.raises(SystemExit, match="--left-out-kinds: 'startend:quotations' is no kind"):
+        train.read_prompts(config, embedded_tokenizer())
 
 
 def test_without_the_model_a_line_says_what_to_do(tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def reward_by(score, train, monkeypatch) -> None:
     if hasattr(train, "judge_group"):
 
         def judge(completion, *_):
-            return train.Judgement([score(completion, "")], [True], on_topic=True)
+            return train.Judgement([score(completion, "")], on_topic=True)
 
         monkeypatch.setattr(train, "judge", judge)
     if hasattr(train, "search_metrics"):  # of answers.py, which has these names too

@@ -121,9 +121,9 @@ def judge_model(train, config, samples: int) -> dict:
                     key = ("compare", config.seed)
                     generator = train.make_generator(policy.device, *key)
                 arguments = (policy, tokenizer, prompts, group_size, config, generator)
-                calls.append(
-                    rollout(*arguments, **more) if not calls or group_size == 1 else calls[0]
-                )
+                if group_size > 1 and calls:
+                    return calls[0]  # sampled once, whatever evaluate asks for
+                calls.append(rollout(*arguments, **more))
                 return calls[-1]
 
             train.rollout = keep
