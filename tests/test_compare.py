@@ -150,12 +150,22 @@ def test_where_two_models_part():
     assert "the first, wrong" in text and "this one, right" in text
     assert "````text\n4 ``` <b>\n````" in text  # whatever a model writes stays in its block
     assert compare.side_by_side(first, first, 5) == ["Nowhere."]
+    for model in (first, other):  # what the template writes behind each question is left out
+        for entry in model["greedy"]:
+            entry["prompt"] += "?\nassistant\n"
+    text = "\n".join(compare.side_by_side(first, other, 5))
+    assert "2 + 2?" in text and "assistant" not in text
 
 
-def test_labels_leave_out_what_all_share():
+def test_labels_are_short_and_differ():
     names = ["output/experiment_base/a/step_000010", "output/experiment_base/b/step_000010"]
     assert list(compare.labels_of(names).values()) == ["a/step_000010", "b/step_000010"]
     assert list(compare.labels_of(["data/policy_math"]).values()) == ["data/policy_math"]
+    names = ["data/policy_math", "output/experiment_base/a_very_long_name/step_000064"]
+    labels = ["data/policy_math", "a_very_long_name/step_000064"]
+    assert list(compare.labels_of(names).values()) == labels
+    names = ["one/run/step_000010", "two/run/step_000010"]
+    assert list(compare.labels_of(names).values()) == names
 
 
 @pytest.mark.parametrize(

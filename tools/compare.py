@@ -240,10 +240,14 @@ def fenced(text: str) -> str:
 
 
 def labels_of(names: list[str]) -> dict[str, str]:
-    """Short names: what all share at the beginning is left out, up to a slash."""
-    common = os.path.commonprefix(list(names)) if len(names) > 1 else ""
-    cut = common.rfind("/") + 1
-    return {name: name[cut:].strip("/") or name for name in names}
+    """Short names: the last two parts of each path, or as many as make them differ."""
+    count = 2
+    parts = [name.strip("/").split("/") for name in names]
+    while len({tuple(part[-count:]) for part in parts}) < len(names):
+        if count >= max(len(part) for part in parts):
+            return {name: name for name in names}
+        count += 1
+    return {name: "/".join(part[-count:]) for name, part in zip(names, parts)}
 
 
 def to_markdown(results: dict, shown: int) -> str:
@@ -279,11 +283,13 @@ def side_by_side(first: dict, other: dict, shown: int) -> list[str]:
     """Prompts that only one of two models answers rightly, with both answers."""
     prompts = [answer["prompt"] for answer in first["greedy"]]
     before = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
+    behind = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1]
+    _, line_end, behind = behind.partition("\n")  # such as "assistant", which the template writes
     parts = []
     for prompt, a, b in zip(prompts, first["greedy"], other["greedy"]):
         if a["right"] != b["right"]:
             marks = ("right", "wrong") if a["right"] else ("wrong", "right")
-            parts += [fenced(prompt[before:].strip()), ""]
+            parts += [fenced(prompt[before:].removesuffix(line_end + behind).strip()), ""]
             parts += [f"the first, {marks[0]}:", "", fenced(a["completion"]), ""]
             parts += [f"this one, {marks[1]}:", "", fenced(b["completion"]), "", "---", ""]
             shown -= 1
@@ -307,22 +313,23 @@ def plot(results: dict, path: Path) -> None:
         low, high = model["interval"]
         accuracy = model["accuracy"]
         error = [[accuracy - low], [high - accuracy]]
-        panels[0, 0].bar(i, accuracy, yerr=error, capsize=5, color=f"C{i}", alpha=0.7)
+        bar = {"color": f"C{i}", "alpha": 0.7, "label": labels[name]}
+        panels[0, 0].bar(i, accuracy, yerr=error, capsize=5, **bar)
         if results["samples"]:
             ks = [int(k) for k in model["pass_at_k"]]
             values = list(model["pass_at_k"].values())
-            panels[0, 1].plot(ks, values, marker="o", color=f"C{i}", label=labels[name])
-    panels[0, 0].set(title="greedy accuracy, 95 %", ylim=(0, 1))
-    panels[0, 0].set_xticks(range(len(models)), [labels[name] for name in models], rotation=15)
+            panels[0, 1].plot(ks, values, marker="o", color=f"C{i}")
+    panels[0, 0].set(title="greedy accuracy, with its 95 % interval", ylim=(0, 1.03))
+    panels[0, 0].set_xticks([])
     if results["samples"]:
         panel = panels[0, 1]
-        panel.set(title="pass@k", xlabel="k samples", ylim=(0, 1))
+        panel.set(title="pass@k", xlabel="k samples", ylim=(0, 1.03))
         panel.set_xscale("log", base=2)
         panel.set_xticks(ks, [str(k) for k in ks])
-        panel.legend()
         panel.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0))  # below the panels
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 
