@@ -22,6 +22,8 @@ Prints, and writes into results/gpu.json as soon as a way of training is measure
                              continuous batching
     max_log_prob_gap         sampled against recomputed log-probs, before and after an update, in
                              float32 and bfloat16
+    sampling_ms_a_token      milliseconds for a token of all 128 completions, by the plain loop of
+                             sampling.py and by captured.py
     training_seconds         forward and backward of a packed group, and of its completions in rows
                              of their own, for ratios of prompt to completion of 4:1, 1:1, 1:4 and
                              1:16, with the largest micro-batch that the memory holds
@@ -251,6 +253,7 @@ def check(folder: str, options: Options) -> dict:
         model_name=folder, precision="bfloat16" if options.device == "cuda" else "float32"
     )
     policy, _ = train.load_model(config, torch.device(options.device))
+    results["sampling_ms_a_token"] = sampling_times(train, policy, config, options)
     unit = 64 if options.device == "cuda" else 4
     for prompt, completion in ((16, 4), (4, 4), (4, 16), (4, 64)):
         for name, packed in (("packed", True), ("rows of their own", False)):
@@ -293,6 +296,25 @@ def log_prob_gap(train, folder: str, options: Options, precision: str, mode: str
         optimizer.step()
         optimizer.zero_grad()
     return max(sums["gap"].item() for sums in objective.token_sums)
+
+
+def sampling_times(train, policy, config, options: Options) -> dict:
+    """Milliseconds for a token of 16 x 8 completions, after a few tokens to warm up."""
+    import sampling
+    from captured import sample_captured
+
+    prompts, _ = train.read_prompts(config, train.load_tokenizer(config))
+    histories = [prompt.ids for prompt in prompts[:16] for _ in range(8)]
+    ways = {"plain": (sampling.sample_plainly, None), "captured": (sample_captured,)}
+    times = {}
+    for name, (sample, *memory) in ways.items():
+        for tokens in (8, min(64, options.max_new_tokens)):
+            config.max_new_tokens = tokens
+            generator = train.make_generator(options.device, 42)
+            start = now(options.device)
+            sample(policy, histories, set(), config, generator, *memory)  # no end token ends it
+            times[name] = 1000 * (now(options.device) - start) / tokens
+    return times
 
 
 def largest_that_fits(

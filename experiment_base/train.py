@@ -9,8 +9,8 @@ rewarded, and that replaces PPO's critic.
 
 New to GRPO? Read experiment_minimal/train.py first. It is the same algorithm, padded and plain, and
 a test checks that both compute the same gradient. This one is several times faster, trains real
-models and can be resumed. Beside it, loss.py and replay_buffer.py are the lesson; sampling.py,
-model.py, run.py and data.py are plumbing.
+models and can be resumed. Beside it, loss.py and replay_buffer.py are the lesson; the other files
+are plumbing.
 
 The words, with the numbers of the default:
 

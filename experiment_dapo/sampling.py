@@ -1,6 +1,6 @@
 """Sampling: token ids in, token ids and log-probs out. Plumbing, the same in every experiment.
 
-This is the only file here that knows a KV cache. It computes this, for every history at once:
+It computes this, for every history at once:
 
     ids = history
     repeat until the new token is an end token, or the budget is used up:
@@ -9,24 +9,21 @@ This is the only file here that knows a KV cache. It computes this, for every hi
         token = multinomial(exp(log_probs))                      # or argmax, without a generator
         ids = ids + [token]
 
-Three things make it fast. Keys and values of earlier tokens are kept in a KV cache. Completions of
-one prompt share a row of the cache for as long as they agree. Rows that have ended leave.
+Three things make it fast. Keys and values of earlier tokens are kept in a KV cache (kv_cache.py).
+Completions of one prompt share a row of the cache for as long as they agree. Rows that have ended
+leave. On a CUDA device captured.py does the same work in another way, nine times faster.
 """
 
 import math
 
 import torch
-from model import autocast
-from run import fail
-from torch.nn.functional import pad
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from captured import can_capture, sample_captured
+from kv_cache import prefill, remember
+from model import autocast, check_finite
 
 LARGE_VOCABULARY = 4096  # entries; see `draw`
-ROOM = 32  # tokens for which the KV cache makes room at once
 
 
-@torch.no_grad()  # not inference_mode: it would cast every weight again for every token (autocast)
 def sample(policy, histories, eos_ids, config, generator=None, memory=None):
     """Sample how each history goes on; without a generator, take the likeliest token each time.
 
@@ -39,6 +36,25 @@ def sample(policy, histories, eos_ids, config, generator=None, memory=None):
         keys and values from turn to turn, so that each turn forwards only its new tokens.
 
     Returns (ids, log_probs), for each history the new tokens, (tokens,) each, on the CPU.
+    """
+    arguments = (policy, histories, eos_ids, config, generator)
+    if memory is None and can_capture(policy, config):
+        ids, log_probs, lengths = sample_captured(*arguments)
+    else:
+        ids, log_probs, lengths = sample_plainly(*arguments, memory)
+    return cut(ids, lengths), cut(log_probs, lengths)
+
+
+def cut(rows, lengths) -> list:
+    """Rows of their own lengths, on the CPU. rows: (n, tokens), lengths: (n,)."""
+    return [row[:length] for row, length in zip(rows.cpu(), lengths.tolist())]
+
+
+@torch.no_grad()  # not inference_mode: it would cast every weight again for every token (autocast)
+def sample_plainly(policy, histories, eos_ids, config, generator, memory):
+    """The loop above. Returns (ids, log_probs, lengths).
+
+    Shapes: (completions, max_new_tokens) twice, and (completions,), the new tokens of each.
     """
     device = policy.device
     histories = [tuple(history) for history in histories]
@@ -83,12 +99,7 @@ def sample(policy, histories, eos_ids, config, generator=None, memory=None):
             arguments = {"attention_mask": mask, "position_ids": positions}
             output = policy(row_tokens[:, None], past_key_values=cache, **arguments)
             logits = output.logits  # (rows, 1, vocabulary)
-    return cut(ids, lengths), cut(log_probs, lengths)
-
-
-def cut(rows, lengths) -> list:
-    """Rows of their own lengths, on the CPU. rows: (n, tokens), lengths: (n,)."""
-    return [row[:length] for row, length in zip(rows.cpu(), lengths.tolist())]
+    return ids, log_probs, lengths
 
 
 def choose_tokens(logits, row_of, config, generator):
@@ -97,12 +108,7 @@ def choose_tokens(logits, row_of, config, generator):
     logits: (rows, 1, vocabulary); row_of: (unfinished,), the row of each unfinished completion.
     """
     row_log_probs = (logits[:, -1].float() / config.temperature).log_softmax(-1)
-    if row_log_probs.isnan().any():
-        fail(
-            f"the model's logits are not finite in --precision {config.precision}; "
-            "take --precision bfloat16 or float32, a higher --temperature or a lower --lr; "
-            "the last checkpoint is untouched"
-        )
+    check_finite(row_log_probs, config)
     log_probs = row_log_probs[row_of]  # (unfinished, vocabulary)
     if generator is None:
         tokens = log_probs.argmax(-1)
@@ -157,139 +163,3 @@ def split_rows(row_of, tokens, vocabulary: int):
     pairs = row_of * vocabulary + tokens  # a number for each pair (row, token)
     pairs, row_of = torch.unique(pairs, return_inverse=True)
     return pairs // vocabulary, pairs % vocabulary, row_of
-
-
-# ---------------------------------------------------------------- the KV cache between turns
-def prefill(policy, rows, memory):
-    """Forward of each row what `memory` does not hold.
-
-    rows: token ids, a tuple each. memory: forwarded ids -> keys and values of every layer.
-    Where memory is empty, what all rows begin with (a system prompt) is forwarded once.
-
-    Rows end at different tokens, and what is new of them has different lengths. So there is
-    padding in two places: left of what is remembered, and left of what is new.
-
-        remembered    new            mask
-        . . a b       . c d e        0 0 1 1  0 1 1 1
-        a b c d       e f g h        1 1 1 1  1 1 1 1
-
-    Returns (cache, mask (rows, tokens), logits (rows, 1, vocabulary)).
-    """
-    device = policy.device
-    if memory == {}:
-        remember_common_beginning(policy, rows, memory)
-    cache = None
-    known = [0] * len(rows)  # tokens of each row that the cache holds
-    if memory:
-        cache, known = recall(memory, rows)
-    past = max(known)
-    width = max(len(row) - n for row, n in zip(rows, known))
-
-    input_ids = []
-    mask = []  # from lengths, never from ids: a prompt may hold the padding token
-    for row, n in zip(rows, known):
-        new = len(row) - n
-        input_ids.append([0] * (width - new) + list(row[n:]))
-        mask.append([0] * (past - n) + [1] * n + [0] * (width - new) + [1] * new)
-    input_ids = torch.tensor(input_ids, device=device)  # (rows, width)
-    mask = torch.tensor(mask, device=device)  # (rows, past + width)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # (rows, width)
-    output = policy(
-        input_ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    leave_room(output.past_key_values)
-    return output.past_key_values, mask, output.logits
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer of the KV cache with room for more tokens.
-
-    transformers' own copies all earlier keys and values for each new token.
-    """
-
-    def __init__(self, layer: DynamicLayer) -> None:
-        vars(self).update(vars(layer))
-        self.make_room(torch.stack([layer.keys, layer.values]))
-
-    def make_room(self, past) -> None:
-        """past: (2, rows, heads, tokens, head size), keys and values."""
-        tokens = past.shape[-2]
-        self.room = past.new_empty(*past.shape[:-2], tokens + ROOM, past.shape[-1])
-        self.room[..., :tokens, :] = past
-        self.keys, self.values = self.room[..., :tokens, :]
-
-    def update(self, keys, values, *_, **__):
-        past = self.keys.shape[-2]
-        end = past + keys.shape[-2]
-        if end > self.room.shape[-2]:
-            self.make_room(self.room[..., :past, :])
-        self.room[0, ..., past:end, :] = keys
-        self.room[1, ..., past:end, :] = values
-        self.keys, self.values = self.room[..., :end, :]
-        return self.keys, self.values
-
-    def reorder_cache(self, rows) -> None:
-        past = self.keys.shape[-2]
-        self.room = self.room.index_select(1, rows)
-        self.keys, self.values = self.room[..., :past, :]
-
-
-def leave_room(cache) -> None:
-    """Let a KV cache grow without copying. Layers of another kind (sliding window) stay."""
-    if not isinstance(cache, DynamicCache):
-        return
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[i] = RoomyLayer(layer)
-
-
-def remember_common_beginning(policy, rows, memory) -> None:
-    """Forward once what all rows begin with, at most all but the last token of the shortest."""
-    same = 0
-    while same < min(len(row) for row in rows) - 1 and len({row[same] for row in rows}) == 1:
-        same += 1
-    beginning = rows[0][:same]
-    if beginning:
-        input_ids = torch.tensor([beginning], device=policy.device)
-        output = policy(input_ids, use_cache=True, logits_to_keep=1)
-        remember(memory, beginning, output.past_key_values, 0, torch.ones_like(input_ids[0]))
-
-
-def remember(memory, forwarded, cache, row: int, mask) -> None:
-    """Keep the keys and values of a row of the cache, by the ids that were forwarded.
-
-    mask: (tokens,), 0 for the row's padding. Of each layer (heads, tokens, head size), twice.
-    """
-    columns = mask.nonzero()[:, 0]  # looked up once, not once a layer
-    memory[forwarded] = []
-    for layer in cache.layers:
-        keys = layer.keys[row].index_select(1, columns)
-        values = layer.values[row].index_select(1, columns)
-        memory[forwarded].append((keys, values))
-
-
-def recall(memory, rows):
-    """A KV cache of the longest beginning of each row that `memory` holds, and their lengths.
-
-    It is padded on the left. Afterwards the memory is empty.
-    """
-    lengths = sorted({len(ids) for ids in memory}, reverse=True)
-    found = []
-    for row in rows:
-        known = [row[:length] for length in lengths if row[:length] in memory]
-        found.append(known[0])  # the longest
-    most = max(len(ids) for ids in found)
-    cache = DynamicCache()
-    for layer in range(len(memory[found[0]])):
-        keys = [memory[ids][layer][0] for ids in found]
-        values = [memory[ids][layer][1] for ids in found]
-        keys = torch.stack([pad(x, (0, 0, most - x.shape[1], 0)) for x in keys])
-        values = torch.stack([pad(x, (0, 0, most - x.shape[1], 0)) for x in values])
-        cache.update(keys, values, layer)  # (rows, heads, most, head size)
-    memory.clear()
-    return cache, [len(ids) for ids in found]

@@ -104,6 +104,16 @@ def autocast(config, device: torch.device, sampling: bool = False):
     return torch.autocast(device.type, getattr(torch, config.precision), enabled=enabled)
 
 
+def check_finite(log_probs, config) -> None:
+    """End the program with a line where sampled log-probs are NaN."""
+    if log_probs.isnan().any():
+        fail(
+            f"the model's logits are not finite in --precision {config.precision}; "
+            "take --precision bfloat16 or float32, a higher --temperature or a lower --lr; "
+            "the last checkpoint is untouched"
+        )
+
+
 def load_pretrained(name: str, config, device: torch.device, trainable: bool):
     """A causal LM without dropout, which would give one policy two log-probs for a token.
 

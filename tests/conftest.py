@@ -5,8 +5,8 @@ from test_run import save_model, tidy
 
 
 @pytest.fixture(autouse=True)
-def tidy_process():
-    with tidy():
+def tidy_process(request):
+    with tidy(on_cpu=request.node.get_closest_marker("cuda") is None):
         yield
 
 

@@ -305,7 +305,9 @@ def test_the_shared_beginning_is_forwarded_once_without_changing_the_loss():
     policy, rng = tiny.POLICIES["math"], random.Random(0)
     tokenizer = tiny.make_tokenizer(policy, 400, random.Random(0))
     torch.manual_seed(0)
-    model = tiny.make_model(tokenizer, tiny.Config(hidden_size=96, num_layers=2)).train()
+    model = tiny.make_model(
+        tokenizer, tiny.Config(hidden_size=96, num_layers=2, device="cpu")
+    ).train()
     input_ids, labels = next(tiny.batches(policy, tokenizer, rng, "mixture", 1, 8, "cpu"))
     hidden, expected = tiny.hidden_states(model, input_ids, labels)
     assert hidden.shape[1] < input_ids.shape[1] - 20
@@ -318,7 +320,7 @@ def test_the_shared_beginning_is_forwarded_once_without_changing_the_loss():
 def test_a_policy_takes_over_the_embeddings_of_the_tokens_that_it_shares():
     tokenizer = AutoTokenizer.from_pretrained(DATA / "policy_calculator")
     start = AutoTokenizer.from_pretrained(DATA / "policy_math")
-    model = tiny.make_model(tokenizer, tiny.Config())
+    model = tiny.make_model(tokenizer, tiny.Config(device="cpu"))
     tiny.load_start(model, tokenizer, DATA / "policy_math")
     old = (
         AutoModelForCausalLM.from_pretrained(DATA / "policy_math", dtype=torch.float32)

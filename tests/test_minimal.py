@@ -15,6 +15,7 @@ PATH = ROOT / "experiment_minimal" / "train.py"
 spec = importlib.util.spec_from_file_location("minimal", PATH)
 minimal = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(minimal)
+minimal.DEVICE = "cpu"  # where the tests' tensors are
 base = load_experiment()
 
 PROMPTS = [[11, 12, 13, 14, 15], [20, 21], [30, END, 31, 0, 32, 33, END, 34, 35]]

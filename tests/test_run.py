@@ -153,7 +153,7 @@ def make_adapter(folder: Path, model: str) -> str:
 
 
 @contextmanager
-def tidy():
+def tidy(on_cpu: bool = True):
     """The CPU, without network, one thread (small matrices; the same sums in every process),
     and signals as they were."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -161,8 +161,9 @@ def tidy():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setattr(torch.cuda, "is_available", lambda: False)
+        if on_cpu:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.backends.mps, "is_available", lambda: False)
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         yield patch
