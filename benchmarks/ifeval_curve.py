@@ -23,7 +23,12 @@ sys.path.append(str(ROOT / "tools"))
 from plot import series  # noqa: E402
 
 EXPERIMENT = ROOT / "experiment_ifeval"
-UNSEEN = ("detectable_format:title", "change_case:english_lowercase", "startend:quotation")
+# Left out of one run, beside those that the default leaves out.
+UNSEEN = (
+    "detectable_format:title",
+    "detectable_format:number_highlighted_sections",
+    "startend:quotation",
+)
 ALWAYS = ("eval_accuracy", "eval_on_topic", "eval_prompt_strict", "eval_instruction_strict")
 STEP = ("reward", "accuracy", "instructions", "on_topic", "completion_length", "distinct_fraction")
 
@@ -59,9 +64,15 @@ def summarise(lines: list[dict]) -> dict:
     }
 
 
+def left_out_by_default() -> str:
+    sys.path.insert(0, str(EXPERIMENT))
+    import train
+
+    return train.Config.left_out_kinds
+
+
 def greedy_answers(model_name: str, count: int) -> list[dict]:
     """Greedy answers to the first held-out prompts, and what they are worth."""
-    sys.path.insert(0, str(EXPERIMENT))
     import train
     from model import load_model, load_tokenizer
 
@@ -71,7 +82,7 @@ def greedy_answers(model_name: str, count: int) -> list[dict]:
     policy, _ = load_model(config, torch.device("cpu"))
     answers = []
     for experience in train.rollout(policy, tokenizer, prompts[:count], 1, config):
-        judgement = train.judge_group(experience, config)[0]
+        judgement = train.judge_group(experience)[0]
         answers.append(
             {
                 "prompt": tokenizer.decode(experience.prompt_ids),
@@ -111,7 +122,8 @@ def main(config: Config) -> None:
     first = config.seeds[0]
     plan = {f"seed_{seed}": ["--seed", str(seed)] for seed in config.seeds}
     plan["gamed"] = ["--seed", str(first), "--no-honest"]
-    plan["unseen_kinds"] = ["--seed", str(first), "--left-out-kinds", ",".join(UNSEEN)]
+    left_out = ",".join([left_out_by_default(), *UNSEEN])
+    plan["unseen_kinds"] = ["--seed", str(first), "--left-out-kinds", left_out]
     runs = {}
     summaries = {}
     for name, flags in plan.items():
@@ -128,7 +140,7 @@ def main(config: Config) -> None:
     report = {
         "command": "python experiment_ifeval/train.py --seed SEED",
         "gamed": "--no-honest",
-        "unseen_kinds": f"--left-out-kinds {','.join(UNSEEN)}",
+        "unseen_kinds": UNSEEN,
         "machine": describe_machine(),  # with the date
         "runs": summaries,
         "answers": answers,

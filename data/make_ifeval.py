@@ -5,12 +5,12 @@
 
 A prompt asks for a few words about a topic and adds one to three instructions that a program can
 check, such as "use no commas". A row has the fields of google/IFEval (key, prompt,
-instruction_id_list, kwargs) and one more, `topic`: beginnings of words that an answer about this
-topic would use. None of them stands in the prompt, so an answer that only repeats the prompt has
-none. Training and held-out rows share no topic, no phrase of a request or an instruction, and no
-phrase to end with.
+instruction_id_list, kwargs) and one more, `topic`: words that an answer about this topic would use.
+None of them stands in the prompt, so an answer that only repeats the prompt has none. Training and
+held-out rows share no topic, no phrase of a request or an instruction, and no phrase to end with.
+Kinds of instruction are drawn in proportion to google/IFEval's.
 
-Two of the 25 kinds count sentences or words with nltk's sentence data, which is a download:
+Two of the 25 kinds count sentences, or words in capitals, with nltk's sentence data, a download:
 
     python -c "import nltk; nltk.download('punkt_tab')"
 
@@ -31,9 +31,8 @@ from instructions import SENTENCE_KINDS, has_sentence_data  # noqa: E402
 DATA = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------- topics
-# A topic, then beginnings of words that answers about it use; a hyphen ends what is no whole word.
-# Half of them came from answers of SmolLM2: words that it uses for this topic and few others.
-# Left out are words of an assistant that says nothing, such as help, support and guide.
+# A topic, then words that answers about it use. One with a hyphen stands for all that begin so.
+# The first were written by hand; then come words that SmolLM2 uses for this topic and few others.
 TRAIN_TOPICS = """
 baking bread: yeast dough flour oven loaf loaves crust wheat butter toast slice knead rise rising
   warm water salt ingredient sandwich patience recipe
@@ -92,7 +91,7 @@ mountains: peak climb snow rock summit valley high hik- altitude slope range hei
   landscape crust formations rise tectonic
 rivers: water flow stream fish lake ocean bank boat sea source valley land fresh bridge aquatic
 deserts: sand dry cactus cacti camel hot dune rain oasis heat water arid plant temperature
-  conditions landscapes desserts
+  conditions landscapes
 forests: tree animal leaf leaves wood plant bird shade oxygen wild air path habitat green soil
   home biodiversity carbon sequestration climate flora
 beaches: sand wave ocean sea sun swim shell water towel surf coast shore tan vacation relax
@@ -283,6 +282,50 @@ puzzles: piece solve brain picture mind challenge game fun think fit problem jig
   puns cognitive
 oak trees: acorn leaf leaves wood shade strong branch forest old bark root squirrel tall trunk
 """
+# Words of an assistant that says nothing. They are taken out of the lists above and below.
+EMPTY_WORDS = """
+aide answer apoyo assist ayuda best day enjoy experience feel find fun glad good great guide happy
+help helping helps hilf information interest interesting know learn learning like look love need
+people place question read ready remember service share something soutien start subject support
+talk tell text think time topic unterstütz view welcome work write writing
+""".split()
+# Words that answers about many topics of a sort use, and the topics that they are added to.
+SORTS = """
+creature animal species habitat wildlife behavio- ecosystem predator prey natural marine reptile:
+  honey bees, elephants, penguins, dogs, cats, horses, owls, sharks, whales, spiders, butterflies,
+  frogs, dinosaurs, turtles, bats, ants, dolphins, bears, parrots, wolves
+plant nature natural flower leaf leaves fruit botan- ecosystem species garden cultivat-
+  ornamental: gardening, forests, trees, roses, farmers, apples, bananas, tomatoes, potatoes, oak
+  trees, tea
+food delicious flavor taste tasty dish meal cuisine ingredient nutri- eat vitamin cook drink
+  culinary recipe texture aroma beverage treat: baking bread, coffee, tea, pizza, chocolate,
+  apples, bananas, rice, cheese, soup, breakfast, ice cream, tomatoes, potatoes, pancakes, salad,
+  bakeries, salt
+nature natural landscape earth environment ecosystem planet geolog- formation terrain water scenic
+  breathtaking: volcanoes, mountains, rivers, deserts, forests, beaches, earthquakes, islands,
+  glaciers, camping, hiking
+weather atmospher- climate season sky water vapor air natural phenomen- temperature: rain, snow,
+  winter, spring, rainbows, thunderstorms, fog, autumn, clouds
+celestial space star planet orbit universe cosmos solar sky astronom- night: the moon, the sun,
+  planets, comets, astronauts, telescopes
+sport physical exercise skill body health activit- compet- athlet- outdoor fitness recreation game
+  adventure strateg-: riding a bicycle, football, swimming, dancing, fishing, skiing, running,
+  yoga, sailing, camping, chess, tennis, hiking, puzzles, kites, gardening, knitting
+art artist- creativ- emotion express- melod- audience perform- story stories cultur- beauty
+  imagin- instrument listen sound entertain-: guitars, the piano, violins, dancing, painting,
+  poetry, movies, photography, music, drums, the theater, novels, museums
+device machine technolog- tool invention engineer- mechani- electr- equipment vehicle transport-:
+  trains, airplanes, robots, computers, the internet, telephones, clocks, windmills, submarines,
+  batteries, magnets, electricity, telescopes, compasses, boats, umbrellas, mirrors, balloons
+building structure architectur- visit city cities town construct- public space built: libraries,
+  bridges, castles, lighthouses, schools, museums, tunnels, markets, bakeries, the theater
+profession- job skill- communit- dedicat- career serve: doctors, firefighters, farmers, teachers,
+  astronauts, pirates, nurses
+material object decorat- wear household product everyday substance surface: candles, mirrors,
+  umbrellas, shoes, glass, paper, gold, soap, salt, balloons, kites, knitting, puzzles
+life feeling happiness joy mind human health celebrat-: sleep, dreams, money, birthdays,
+  friendship, music, yoga
+"""
 # Topics with words in other languages, for the instruction that names a language.
 FOREIGN_TRAIN_TOPICS = """
 the sun|es: estrella luz calor tierra planeta día energía cielo vida brilla caliente
@@ -374,62 +417,122 @@ LANGUAGES = {"es": "Spanish", "fr": "French", "de": "German"}
 # Per kind: phrases for training, and others for the held-out prompts.
 PHRASES = {
     "keywords:existence": (
-        ("Include the words {words}.", "Mention {words}.", "Your answer has to use {words}."),
-        ("Include the keywords {words} in your answer.", "The answer should contain {words}."),
+        (
+            "Include the words {words}.",
+            "Mention {words}.",
+            "Your answer has to use {words}.",
+            "Use the words {words} somewhere.",
+            "Make sure to use the words {words}.",
+            "Work the words {words} into your answer.",
+        ),
+        (
+            "Include the keywords {words} in your answer.",
+            "The answer should contain {words}.",
+        ),
     ),
     "keywords:frequency": (
         (
             "Use the word {word} at least {n} times.",
             "The word {word} must appear {n} or more times.",
+            "Repeat the word {word} so that it is there at least {n} times.",
+            "Say {word} at least {n} times.",
+            "Let the word {word} occur {n} times or more.",
         ),
         ("In your answer, write {word} at least {n} times.",),
     ),
     "keywords:forbidden_words": (
-        ("Do not use the words {words}.", "Avoid {words}.", "Leave out {words}."),
-        ("Answer without the words {words}.", "The words {words} are not allowed."),
+        (
+            "Do not use the words {words}.",
+            "Avoid {words}.",
+            "Leave out {words}.",
+            "Never say {words}.",
+            "You may not mention {words}.",
+            "Write it without using {words}.",
+        ),
+        (
+            "Answer without the words {words}.",
+            "The words {words} are not allowed.",
+        ),
     ),
     "keywords:letter_frequency": (
         (
             "The letter {letter} should appear {relation} {n} times.",
             "Use the letter {letter} {relation} {n} times.",
+            "Let the letter {letter} occur {relation} {n} times.",
+            "Write the letter {letter} {relation} {n} times.",
+            "Count the letter {letter}: it should be there {relation} {n} times.",
         ),
         ("Your answer should have the letter {letter} {relation} {n} times.",),
     ),
     "language:response_language": (
-        ("Answer in {language}.", "Reply in the {language} language.", "Write only {language}."),
-        ("Your entire answer should be in {language}.", "Use no language but {language}."),
+        (
+            "Answer in {language}.",
+            "Reply in the {language} language.",
+            "Write only {language}.",
+            "Please respond in {language}.",
+            "I only understand {language}.",
+            "Use the {language} language for everything.",
+        ),
+        (
+            "Your entire answer should be in {language}.",
+            "Use no language but {language}.",
+        ),
     ),
     "length_constraints:number_sentences": (
-        ("Write {relation} {n} sentences.", "Your answer should have {relation} {n} sentences."),
+        (
+            "Write {relation} {n} sentences.",
+            "Your answer should have {relation} {n} sentences.",
+            "Use {relation} {n} sentences.",
+            "The length should be {relation} {n} sentences.",
+            "Keep to {relation} {n} sentences.",
+        ),
         ("Answer in {relation} {n} sentences.",),
     ),
     "length_constraints:number_paragraphs": (
         (
             "Write {n} paragraphs and separate them with ***.",
             "Give {n} short paragraphs with *** between them.",
+            "Put *** between the {n} paragraphs of your answer.",
+            "Write exactly {n} paragraphs, with the line *** after each but the last.",
+            "Split the answer into {n} paragraphs by writing *** between them.",
         ),
         ("There should be {n} paragraphs, separated with the divider ***",),
     ),
     "length_constraints:number_words": (
-        ("Use {relation} {n} words.", "Answer with {relation} {n} words."),
-        ("The whole answer should have {relation} {n} words.", "Write {relation} {n} words."),
+        (
+            "Use {relation} {n} words.",
+            "Answer with {relation} {n} words.",
+            "Keep to {relation} {n} words.",
+            "The length should be {relation} {n} words.",
+            "Say it in {relation} {n} words.",
+        ),
+        (
+            "The whole answer should have {relation} {n} words.",
+            "Write {relation} {n} words.",
+        ),
     ),
     "length_constraints:nth_paragraph_first_word": (
         (
-            "Write {n} paragraphs with an empty line between them. "
-            "Paragraph {nth} must begin with the word {word}.",
-            "There should be {n} paragraphs, divided by two line breaks, "
-            "and paragraph {nth} starts with {word}.",
+            "Write {n} paragraphs with an empty line between them. Paragraph {nth} must "
+            "begin with the word {word}.",
+            "There should be {n} paragraphs, divided by two line breaks, and paragraph "
+            "{nth} starts with {word}.",
+            "Give {n} paragraphs, each after an empty line, and start paragraph {nth} with {word}.",
+            "Use two line breaks to make {n} paragraphs; the first word of paragraph "
+            "{nth} is {word}.",
         ),
         (
-            "Write {n} short paragraphs separated by a blank line. "
-            "Begin paragraph {nth} with the word {word}.",
+            "Write {n} short paragraphs separated by a blank line. Begin paragraph "
+            "{nth} with the word {word}.",
         ),
     ),
     "detectable_content:number_placeholders": (
         (
             "Use at least {n} placeholders in square brackets, such as [name].",
             "Leave {n} or more blanks such as [place] or [date].",
+            "Include {n} or more placeholders in square brackets, for example [name].",
+            "Put at least {n} things in square brackets for me to fill in, like [time].",
+            "Make it a template with at least {n} fields such as [number].",
         ),
         ("It should contain at least {n} placeholders in brackets, such as [city].",),
     ),
@@ -437,6 +540,9 @@ PHRASES = {
         (
             "At the end, add a postscript that starts with {marker}",
             "Close with a postscript beginning with {marker}",
+            "Do not forget a postscript that begins with {marker}",
+            "Finish with a postscript: {marker}",
+            "Below the answer, add a note that starts with {marker}",
         ),
         ("After your answer, please write a postscript starting with {marker}",),
     ),
@@ -444,44 +550,66 @@ PHRASES = {
         (
             "Answer with exactly {n} bullet points, such as * this one.",
             "Write a list of exactly {n} items that start with *",
+            "Give exactly {n} bullets, and start each with an asterisk (*).",
+            "Use {n} bullet points, each on a line that begins with *",
+            "Write it as exactly {n} bullet points:\n* first point\n* next point",
         ),
         ("Make a list with exactly {n} bullet points (* like this).",),
     ),
     "detectable_format:constrained_response": (
         (
-            "Say one of 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.', "
-            "and give a reason.",
-            "Begin with 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.' "
-            "and then explain it.",
+            "Say one of 'My answer is yes.', 'My answer is no.' or 'My answer is "
+            "maybe.', and give a reason.",
+            "Begin with 'My answer is yes.', 'My answer is no.' or 'My answer is "
+            "maybe.' and then explain it.",
+            "Answer with 'My answer is yes.', 'My answer is no.' or 'My answer is "
+            "maybe.' and a short reason.",
+            "Your answer must contain 'My answer is yes.', 'My answer is no.' or 'My "
+            "answer is maybe.'",
         ),
         (
-            "Choose one of 'My answer is yes.', 'My answer is no.' and 'My answer is maybe.', "
-            "then say why.",
+            "Choose one of 'My answer is yes.', 'My answer is no.' and 'My answer is "
+            "maybe.', then say why.",
         ),
     ),
     "detectable_format:number_highlighted_sections": (
         (
             "Highlight at least {n} parts with asterisks, like *this*.",
             "Mark {n} or more phrases like *this one*.",
+            "Put at least {n} phrases between asterisks, such as *this phrase*.",
+            "Emphasise {n} or more words with asterisks, like *word*.",
+            "At least {n} words should be *highlighted* like that.",
         ),
         ("Highlight {n} words or more with markdown, i.e. *highlighted*.",),
     ),
     "detectable_format:multiple_sections": (
         (
             "Write {n} sections and begin each with {splitter} and its number.",
-            "Divide the answer into {n} parts "
-            "that are headed {splitter} 1, {splitter} 2 and so on.",
+            "Divide the answer into {n} parts that are headed {splitter} 1, {splitter} "
+            "2 and so on.",
+            "Give {n} sections. Head them {splitter} 1, {splitter} 2 and so on.",
+            "The answer needs {n} sections, each starting with {splitter} and a number.",
+            "Put the headings {splitter} 1 to {splitter} {n} before the parts of your answer.",
         ),
         ("Use {n} sections titled {splitter} 1 to {splitter} {n}.",),
     ),
     "detectable_format:json_format": (
-        ("Give the answer as one JSON object.", "Answer in JSON and write nothing else."),
+        (
+            "Give the answer as one JSON object.",
+            "Answer in JSON and write nothing else.",
+            "Write your answer as JSON.",
+            "Return only a JSON object.",
+            "Format the entire reply as JSON, in braces.",
+        ),
         ("The whole output must be a JSON object.",),
     ),
     "detectable_format:title": (
         (
             "Give it a title in double angular brackets, such as <<my title>>.",
             "Start with a title like <<this>>.",
+            "Write a title above it, wrapped like <<this title>>.",
+            "Put a heading in double angular brackets first, as in <<heading>>.",
+            "It needs a title, written as <<title>>.",
         ),
         ("The answer must contain a title in double angular brackets, i.e. <<title>>.",),
     ),
@@ -489,6 +617,9 @@ PHRASES = {
         (
             "Give two different answers and put ****** between them.",
             "Write one answer, then a line with ******, then another answer.",
+            "Answer twice, in different words, with ****** between the two answers.",
+            "Give me two answers. Separate them with six asterisks: ******",
+            "Write two versions and divide them with ******",
         ),
         ("I want two different versions, with ****** in between.",),
     ),
@@ -496,17 +627,29 @@ PHRASES = {
         (
             "First repeat the request above word for word, then answer it.",
             "Before you answer, copy the request above without any change.",
+            "Copy the request above first, exactly as it is, and then give your answer.",
+            "Write the request above again, without changing a word, before your answer.",
+            "Say the request above again word by word, then answer.",
         ),
         ("Begin by repeating the request above exactly and then give the answer.",),
     ),
     "startend:end_checker": (
-        ("End with the exact words: {phrase}", "Your last words must be: {phrase}"),
+        (
+            "End with the exact words: {phrase}",
+            "Your last words must be: {phrase}",
+            "Close your answer with these words: {phrase}",
+            "The last thing that you write must be: {phrase}",
+            "Put this at the very end: {phrase}",
+        ),
         ("Finish by writing exactly this: {phrase}",),
     ),
     "change_case:capital_word_frequency": (
         (
             "Write {relation} {n} words in ALL CAPITALS.",
             "Use {relation} {n} words in capital letters.",
+            "Put {relation} {n} words in ALL CAPS.",
+            "There should be {relation} {n} words that are all CAPITALS.",
+            "WRITE {relation} {n} words LIKE THIS.",
         ),
         ("Let {relation} {n} words be in CAPITALS.",),
     ),
@@ -514,6 +657,9 @@ PHRASES = {
         (
             "Answer in English and in capital letters only.",
             "Write everything in CAPITAL letters, in English.",
+            "Your English answer should be in ALL CAPS.",
+            "Use only capital letters and English.",
+            "SHOUT: English, all in capital letters.",
         ),
         ("USE CAPITAL LETTERS FOR THE WHOLE ENGLISH ANSWER.",),
     ),
@@ -521,20 +667,65 @@ PHRASES = {
         (
             "Answer in English and in lowercase letters only.",
             "Use no capital letters, only lowercase English.",
+            "Your English answer must have no capital letters.",
+            "Keep every letter small (lowercase), in English.",
+            "Use lowercase for all letters, even the first, in English.",
         ),
         ("write the whole english answer in lowercase.",),
     ),
     "punctuation:no_comma": (
-        ("Do not use any commas.", "Use no commas in your answer.", "Avoid commas."),
-        ("Answer without commas.", "There must be no comma in the answer."),
+        (
+            "Do not use any commas.",
+            "Use no commas in your answer.",
+            "Avoid commas.",
+            "Commas are forbidden.",
+            "Write it without a comma.",
+            "Leave out all commas.",
+        ),
+        (
+            "Answer without commas.",
+            "There must be no comma in the answer.",
+        ),
     ),
     "startend:quotation": (
         (
             "Put the whole answer in double quotation marks.",
             'Wrap your answer in "quotation marks".',
+            "Start and end your answer with a double quotation mark.",
+            "Everything you write must be inside double quotation marks.",
+            'Give the answer as a quote: "like this".',
         ),
         ('Your whole answer should be a "quotation" in double quotes.',),
     ),
+}
+
+# How often google/IFEval's 541 prompts ask for each kind, the weights that kinds are drawn with.
+COUNTS = {
+    "punctuation:no_comma": 66,
+    "length_constraints:number_sentences": 52,
+    "length_constraints:number_words": 52,
+    "keywords:forbidden_words": 49,
+    "detectable_format:number_highlighted_sections": 48,
+    "keywords:frequency": 42,
+    "combination:repeat_prompt": 41,
+    "startend:quotation": 41,
+    "keywords:existence": 39,
+    "change_case:english_lowercase": 39,
+    "detectable_format:title": 37,
+    "keywords:letter_frequency": 33,
+    "detectable_format:number_bullet_lists": 31,
+    "language:response_language": 31,
+    "length_constraints:number_paragraphs": 27,
+    "detectable_content:number_placeholders": 27,
+    "startend:end_checker": 26,
+    "detectable_content:postscript": 26,
+    "change_case:capital_word_frequency": 25,
+    "change_case:english_capital": 25,
+    "combination:two_responses": 24,
+    "detectable_format:json_format": 17,
+    "detectable_format:multiple_sections": 14,
+    "length_constraints:nth_paragraph_first_word": 12,
+    "detectable_format:constrained_response": 10,
 }
 
 # ---------------------------------------------------------------- which instructions go together
@@ -567,6 +758,7 @@ CONFLICTS = {
         "change_case:english_lowercase",
     },
     "startend:quotation": {"length_constraints:nth_paragraph_first_word"},
+    "combination:repeat_prompt": {"punctuation:no_comma"},  # a request may have one
     "startend:end_checker": {"detectable_content:postscript"},  # both want the last line
 }
 
@@ -584,12 +776,12 @@ def can_stand_together(kind: str, other: str) -> bool:
 @dataclass
 class Topic:
     name: str
-    words: list[str]  # beginnings of words that answers use
+    words: list[str]  # that answers use; one that ends in "-" is the beginning of a word
     language: str = "en"
 
     @property
     def whole_words(self) -> list[str]:
-        """Those that can be asked for: "pollinat-" is none."""
+        """Those that can be asked for, which "pollinat-" cannot."""
         return [word for word in self.words if not word.endswith("-")]
 
 
@@ -605,13 +797,21 @@ class Part:
     phrase_set: int  # 0 or 1, which phrases of PHRASES
 
 
+def lines_of(text: str) -> list[list[str]]:
+    """[what stands before the colon, what stands behind it] of each entry."""
+    return [line.split(": ") for line in text.strip().replace("\n  ", " ").splitlines()]
+
+
 def read_topics(text: str, foreign: str) -> list[Topic]:
     topics = []
-    for block in (text, foreign):
-        for line in block.strip().replace("\n  ", " ").splitlines():
-            head, words = line.split(": ")
-            name, _, language = head.partition("|")
-            topics.append(Topic(name, words.split(), language or "en"))
+    for head, words in lines_of(text) + lines_of(foreign):
+        name, _, language = head.partition("|")
+        words = [word for word in words.split() if word not in EMPTY_WORDS]
+        topics.append(Topic(name, words, language or "en"))
+    for words, names in lines_of(SORTS):
+        for topic in topics:
+            if topic.language == "en" and topic.name in names.split(", "):
+                topic.words += [word for word in words.split() if word not in topic.words]
     return topics
 
 
@@ -688,18 +888,24 @@ def make_instruction(
     return phrase.format(n=n, **spoken), arguments
 
 
+def choose(kinds: list[str], draw: random.Random) -> str:
+    return draw.choices(kinds, [COUNTS[kind] for kind in kinds])[0]
+
+
 def make_row(part: Part, kinds: list[str], draw: random.Random) -> dict:
-    first = draw.choice(kinds)
+    first = choose(kinds, draw)
     is_foreign = first == "language:response_language"
     topics = [topic for topic in part.topics if (topic.language != "en") == is_foreign]
     topic = draw.choice(topics)
     chosen = [first]
     wanted = draw.choices((1, 2, 3), (60, 30, 10))[0]
-    for kind in draw.sample(kinds, len(kinds)):
-        fits = all(can_stand_together(kind, other) for other in chosen)
+    while len(chosen) < wanted:
+        fitting = [kind for kind in kinds if all(can_stand_together(kind, k) for k in chosen)]
         # The language is chosen with the topic.
-        if len(chosen) < wanted and fits and kind != "language:response_language":
-            chosen.append(kind)
+        fitting = [kind for kind in fitting if kind != "language:response_language"]
+        if not fitting:
+            break
+        chosen.append(choose(fitting, draw))
 
     requests = part.requests
     if first == "detectable_format:constrained_response":
@@ -713,12 +919,14 @@ def make_row(part: Part, kinds: list[str], draw: random.Random) -> dict:
         texts.append(text)
         all_arguments.append(arguments)
     prompt = " ".join(texts)
-    words = [word.rstrip("-") for word in topic.words]
+    words = topic.words
+    if is_foreign:  # their words have many endings
+        words = [word + "-" for word in words]
     return {
         "prompt": prompt,
         "instruction_id_list": chosen,
         "kwargs": all_arguments,
-        "topic": [word for word in words if word not in prompt.lower()],
+        "topic": [word for word in words if word.rstrip("-") not in prompt.lower()],
     }
 
 

@@ -25,10 +25,11 @@ try:
 except ImportError as error:
     fail(f"the package {error.name} is missing; pip install -r requirements-ifeval.txt")
 
-langdetect.DetectorFactory.seed = 0  # else it tells other languages each time
+langdetect.DetectorFactory.seed = 0  # else it draws, and its verdicts differ from call to call
 logging.getLogger().addFilter(lambda record: "Unable to detect language" not in str(record.msg))
 
-# These count sentences or words with nltk's sentence data, which is a download.
+LEAST_WORDS = 6  # an answer of fewer is not on topic
+# These count sentences, or words in capitals, with nltk's sentence data, which is a download.
 SENTENCE_KINDS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 SENTENCE_DATA = "tokenizers/punkt_tab/english/"
 
@@ -39,7 +40,7 @@ class Task:
 
     kinds: list[str]  # such as "punctuation:no_comma"
     arguments: list[dict]  # of each kind's checker
-    topic: list[str]  # beginnings of words that answers use, and that the prompt does not hold
+    topic: list[str]  # words that answers use, and that the prompt does not hold
     checkers: list = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
@@ -55,7 +56,7 @@ class Judgement:
 
     @property
     def share(self) -> float:
-        """Of the instructions that the answer follows, strictly."""
+        """The share of its instructions that the answer follows, strictly."""
         return sum(self.strict) / len(self.strict)
 
     @property
@@ -114,7 +115,7 @@ def make_task(where: str, row: dict) -> Task:
     topic = row.get("topic", [])
     if not isinstance(topic, list) or not all(isinstance(w, str) and w.strip() for w in topic):
         fail(f"{where}: field 'topic' must be a list of words, is {str(topic)[:50]!r}")
-    task = Task(kinds, [], [word.lower() for word in topic])
+    task = Task(kinds, [], [word.lower().strip() for word in topic])
     for kind, arguments in zip(kinds, all_arguments):
         given = {name: value for name, value in arguments.items() if value is not None}
         task.arguments.append(given)
@@ -140,10 +141,9 @@ def make_checker(where: str, kind: str, arguments: dict):
 
 
 # ---------------------------------------------------------------- judging
-def judge(answer: str, task: Task, topic_words: int, least_words: int) -> Judgement:
-    """topic_words, least_words: as in `is_on_topic`."""
+def judge(answer: str, task: Task) -> Judgement:
     strict = [is_followed(checker, answer) for checker in task.checkers]
-    return Judgement(strict, is_on_topic(answer, task, topic_words, least_words))
+    return Judgement(strict, is_on_topic(answer, task))
 
 
 def judge_loosely(answer: str, task: Task) -> list[bool]:
@@ -163,15 +163,27 @@ def is_followed(checker, answer: str) -> bool:
         return False
 
 
-def is_on_topic(answer: str, task: Task, topic_words: int, least_words: int) -> bool:
-    """Whether an answer has `topic_words` different words of task.topic, or begins of them.
+def is_on_topic(answer: str, task: Task) -> bool:
+    """Whether an answer has LEAST_WORDS words, and one of them is a word of task.topic.
 
     None of these stands in the prompt. So it is not enough to repeat the prompt, and "I'm ready to
-    help with your text about honey bees." has none. An answer of fewer than `least_words` words is
-    not on topic either. Rows of google/IFEval have no words of a topic; there that is all.
+    help with your text about honey bees." has none. Rows of google/IFEval name no words of a topic;
+    there the length alone decides.
     """
-    text = answer.lower()
-    if len(re.findall(r"\w+", text)) < least_words:
+    words = re.findall(r"\w+", answer.lower())
+    if len(words) < LEAST_WORDS:
         return False
-    found = [word for word in task.topic if re.search(rf"\b{re.escape(word)}", text)]
-    return len(found) >= min(topic_words, len(task.topic))
+    if not task.topic:
+        return True
+    return any(is_form_of(entry, word) for entry in task.topic for word in set(words))
+
+
+def is_form_of(entry: str, word: str) -> bool:
+    """Whether a word is that of an entry: "hive" has hives, and "pollinat-" all that begins so."""
+    if entry.endswith("-"):
+        return word.startswith(entry[:-1])
+    endings = ["", "s", "es", "ed", "ing", "er", "ers"]
+    forms = [entry + ending for ending in endings]
+    if entry.endswith("e"):
+        forms += [entry[:-1] + ending for ending in endings[2:]]  # bake: baked, baking, baker
+    return word in forms

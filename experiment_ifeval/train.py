@@ -9,7 +9,7 @@ commas" or "end with these words".
 
 Parent: experiment_base. What differs is the reward: the share of a prompt's instructions that an
 answer follows, where it is about what was asked, and 0 where it is not. Without that condition the
-policy learns within ten steps to say nothing at all (README.md); --no-honest shows that.
+policy learns to evade the request (README.md); --no-honest shows that.
 """
 
 import math
@@ -135,14 +135,19 @@ class Config:
     # Default: <data>_eval.jsonl beside it, the hub's test split, or the last 10 %. google/IFEval
     # is the benchmark itself; its answers are longer.
     eval_data_path: str | None = None
-    # Before training, it earns more with this one than with its own.
+    # The untrained model earns more with this prompt than with its template's own ("You are a
+    # helpful AI assistant ...").
     system_prompt: str = "Answer in one or two short sentences, and follow every instruction."
     # Training prompts, from the start of the file.
     max_prompts: PositiveInt = 2048
     # Held-out prompts. Higher: a steadier figure, and slower evaluations.
     max_eval_prompts: PositiveInt = 256
     # Kinds of instruction that are not trained on, with commas between: rows with one are left out.
-    left_out_kinds: str = ""
+    # Of these four the untrained model follows none in 32 samples: groups without spread.
+    left_out_kinds: str = (
+        "change_case:english_capital,change_case:english_lowercase,"
+        "combination:repeat_prompt,length_constraints:nth_paragraph_first_word"
+    )
 
     # ---- sampling
 
@@ -150,8 +155,8 @@ class Config:
     group_size: PositiveInt = 8
     # Prompts of a step. Higher: a less noisy gradient, and longer steps.
     rollouts_per_step: PositiveInt = 16
-    # Every log-prob of the loss is taken at this temperature. At 1 this small model writes
-    # nonsense, and few groups have spread.
+    # Every log-prob of the loss is taken at this temperature. At 1 nearly all answers of this small
+    # model are nonsense and earn 0, so most groups have no spread.
     temperature: Temperature = 0.5
     # Tokens of prompt and completion together.
     max_length: PositiveInt = 512
@@ -162,8 +167,9 @@ class Config:
 
     # ---- the update
 
-    # Stop after this many; 0 only evaluates.
-    max_steps: OptionalInt = None
+    # Stop after this many; 0 only evaluates. This many took 28 minutes on two cores; answers still
+    # become better then.
+    max_steps: OptionalInt = 34
     # Passes over the prompts.
     epochs: PositiveInt = 1
     # Passes over a step's completions. Higher: more updates from the same samples, further
@@ -171,7 +177,7 @@ class Config:
     epochs_per_step: PositiveInt = 1
     # Completions of an update. Lower: more updates a step; all but the first are off-policy, and
     # there the clip matters.
-    train_batch_size: PositiveInt = 64
+    train_batch_size: PositiveInt = 32
     # Tokens forwarded at once, padding included; a longer row goes alone. Higher: more memory, and
     # faster on a GPU, where real models take 4096. Changes the gradient by rounding only.
     micro_batch_tokens: PositiveInt = 1024
@@ -185,19 +191,15 @@ class Config:
     # its old one times 1 - clip_eps_low. Higher: larger moves within a step.
     clip_eps_low: Share = 0.2
     # One with a positive advantage is pushed up no further once above 1 + clip_eps_high times it.
-    clip_eps_high: NonNegativeFloat = 0.2
+    clip_eps_high: NonNegativeFloat = 0.28
     # Weight of the KL to the policy that training began with. Higher: stays closer. 0 needs no
     # reference.
     kl_weight: NonNegativeFloat = 0.0
     # How tokens are averaged, see token_weights in loss.py.
-    critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"
+    critic_type: Literal["grpo", "drgrpo", "dapo"] = "dapo"
     # Answers that are off topic or cut off earn nothing. Off: they earn whatever they say, and the
-    # policy learns to say nothing.
+    # policy learns to evade the request.
     honest: bool = True
-    # Words of the topic that an answer on topic has.
-    topic_words: PositiveInt = 1
-    # An answer of fewer words is not on topic.
-    least_words: NonNegativeInt = 6
 
     @property
     def generate_max_length(self) -> int:
@@ -271,13 +273,9 @@ def make_generator(device, *key) -> torch.Generator:
 
 
 # ---------------------------------------------------------------- reward
-def judge_group(experience: Experience, config: Config) -> list[Judgement]:
+def judge_group(experience: Experience) -> list[Judgement]:
     """What each completion of a group is worth."""
-    judgements = []
-    for completion in experience.completions:
-        bounds = (config.topic_words, config.least_words)
-        judgements.append(judge(completion, experience.answer, *bounds))
-    return judgements
+    return [judge(completion, experience.answer) for completion in experience.completions]
 
 
 def reward(
@@ -438,7 +436,7 @@ def add_old_and_reference_log_probs(
 
 # ---------------------------------------------------------------- evaluation
 def share(values: list[bool]) -> float:
-    """Of those that are true; 0 of none."""
+    """The share that is true; 0 of an empty list."""
     return sum(values) / max(len(values), 1)
 
 
@@ -450,7 +448,7 @@ def evaluate(
     eval_accuracy: every instruction is followed, strictly, and the answer is on topic.
     """
     experiences = rollout(policy, tokenizer, prompts, 1, config)
-    judgements = [judge_group(experience, config)[0] for experience in experiences]
+    judgements = [judge_group(experience)[0] for experience in experiences]
     strict = [judgement.strict for judgement in judgements]
     loose = [judge_loosely(e.completions[0], e.answer) for e in experiences]
     on_topic = [judgement.on_topic for judgement in judgements]
@@ -483,7 +481,7 @@ def start_perplexity(policy, reference, experiences: list[Experience], config: C
     """exp(-mean log-prob of a token) of the answers under the policy that training began with.
 
     Text that a language model would not write has a high one, and endless repetition a low one.
-    Where no reference is in memory, it is read for this. Nothing where nothing is trained.
+    Where no reference is in memory, it is read for this. {} with --max-steps 0.
     """
     if config.max_steps == 0:
         return {}
@@ -543,7 +541,7 @@ def main(config: Config) -> None:
         # 2. Reward each completion, and compare it with its group.
         judgements = []
         for experience in experiences:
-            group = judge_group(experience, config)
+            group = judge_group(experience)
             judgements += group
             experience.reward_parts = reward(experience, group, config)
             experience.rewards = sum(experience.reward_parts.values())  # (group_size,)

@@ -204,7 +204,7 @@ def task_of(kind: str, arguments: dict, topic=()):
 
 def follows(kind: str, arguments: dict, answer: str, mode: str = "strict") -> bool:
     task = task_of(kind, arguments)
-    strict = instructions.judge(answer, task, 2, 6).strict
+    strict = instructions.judge(answer, task).strict
     (verdict,) = strict if mode == "strict" else instructions.judge_loosely(answer, task)
     return verdict
 
@@ -249,7 +249,7 @@ def test_a_language_is_told_alike_each_time():
     """Bug: langdetect draws at random, and the same answer earns now 1, now 0."""
     answer = "Banana sol luna taxi hotel radio pasta."
     task = task_of("language:response_language", {"language": "es"})
-    assert len({instructions.judge(answer, task, 2, 6).strict[0] for _ in range(20)}) == 1
+    assert len({instructions.judge(answer, task).strict[0] for _ in range(20)}) == 1
 
 
 # ---------------------------------------------------------------- rows
@@ -314,35 +314,61 @@ def test_arguments_that_are_null_count_as_missing():
 
 
 # ---------------------------------------------------------------- on topic
-BEES = ["hive", "pollen", "nectar", "pollinat"]
+BEES = ["hive", "pollen", "bake", "read", "pollinat-"]
 
 
 @pytest.mark.parametrize(
-    "answer, found",
+    "answer, on_topic",
     [
-        ("They bring pollen and nectar home to the hive.", 3),
-        ("They pollinate many plants in the garden.", 1),  # begins a word of the topic
-        ("POLLEN FEEDS THE HIVE ALL YEAR LONG.", 2),
-        ("I'm ready to help with your text about honey bees.", 0),
-        ("Pollen pollen pollen pollen pollen pollen pollen.", 1),  # one word, many times
-        ("Hive and pollen and nectar.", 0),  # five words
-        ("The archive holds repollen of all kinds here.", 0),  # inside a word
-        ("", 0),
+        ("They bring pollen and nectar home to us.", True),
+        ("They pollinate many plants in the garden.", True),  # begins with "pollinat-"
+        ("ALL THE HIVES ARE FULL OF HONEY.", True),  # plural, in capitals
+        ("They are baking and baked in the sun.", True),  # of "bake"
+        ("I'm ready to help with your text about honey bees.", False),  # "read" is not "ready"
+        ("The archive holds repollen of all kinds here.", False),  # inside a word
+        ("Hive and pollen and nectar.", False),  # five words
+        ("", False),
     ],
 )
-def test_on_topic_by_hand(answer, found):
-    """Where so many words of the topic are found, or fewer are asked for, it is on topic."""
+def test_on_topic_by_hand(answer, on_topic):
     task = task_of("punctuation:no_comma", {}, BEES)
-    for topic_words in (1, 2, 3):
-        on_topic = instructions.is_on_topic(answer, task, topic_words, least_words=6)
-        assert on_topic == (found >= topic_words)
+    assert instructions.is_on_topic(answer, task) == on_topic
 
 
 def test_on_topic_in_a_row_without_words():
     """google/IFEval has none: there an answer is on topic where it is long enough."""
     bare = task_of("punctuation:no_comma", {})
-    assert not instructions.is_on_topic("Hi.", bare, 1, 6)
-    assert instructions.is_on_topic("One two three four five six.", bare, 1, 6)
+    assert not instructions.is_on_topic("Hi.", bare)
+    assert instructions.is_on_topic("One two three four five six.", bare)
+
+
+EVASIONS = [
+    "I'm ready when you are.",
+    "I'm here to help with any text you need.",
+    "I'd love to help you with that!",
+    "That's a great question, thank you for asking me.",
+    "Feel free to ask me anything you want to know.",
+    "I'm happy to help you with any information you need.",
+    "I understand your request and I am ready to start writing.",
+    "I'm glad to be of service to you today.",
+    "Please share more details so that I can help you better.",
+    "I can't wait to hear what you think about this!",
+    "Here is the answer that you are looking for right now.",
+    "What would you like to know about this interesting topic?",
+    "I hope this helps you to find what you need.",
+    "Let me know if you have any questions, and I will do my best.",
+    "This is a sentence that follows all of the instructions given.",
+    "Sure, I can do that for you right away.",
+]
+
+
+@pytest.mark.parametrize("name", ["ifeval.jsonl", "ifeval_eval.jsonl"])
+def test_evasions_are_off_topic_in_every_row(name):
+    """Bug: "ready" began with the word "read" of libraries, and "understand" with "under"."""
+    for row in read_jsonl(ROOT / "data" / name):
+        task = instructions.Task([], [], row["topic"])
+        for evasion in EVASIONS:
+            assert not instructions.is_on_topic(evasion, task), (row["key"], evasion)
 
 
 # ---------------------------------------------------------------- reward and figures
@@ -376,7 +402,7 @@ GROUP = [
 def test_reward_by_hand():
     config = train.Config()
     experience = experience_of(two_kinds(), GROUP)
-    group = train.judge_group(experience, config)
+    group = train.judge_group(experience)
     assert train.is_right(group).tolist() == [1, 0, 0, 0]
     rewards = train.reward(experience, group, config)["reward_instructions"]
     assert rewards.tolist() == [1.0, 0.5, 0.0, 0.0]
@@ -390,7 +416,7 @@ def test_reward_by_hand():
 
 def test_figures_of_a_step_by_hand():
     experiences = [experience_of(two_kinds(), GROUP), experience_of(two_kinds(), GROUP[:1] * 4)]
-    judgements = [j for e in experiences for j in train.judge_group(e, train.Config())]
+    judgements = [j for e in experiences for j in train.judge_group(e)]
     assert train.instruction_metrics(experiences, judgements) == pytest.approx(
         {
             "accuracy": 5 / 8,
@@ -519,7 +545,7 @@ def test_what_the_data_promises():
         assert len(kinds) == 23
         for kind, count in kinds.items():  # about as often as in google/IFEval
             share = make_ifeval.COUNTS[kind] / sum(make_ifeval.COUNTS.values())
-            assert count > 0.4 * share * kinds.total(), kind
+            assert count > 0.25 * share * kinds.total(), kind
         assert {len(row["kwargs"]) for row in part} == {1, 2, 3}
         assert len({row["prompt"] for row in part}) == len(part)
         for row in part:

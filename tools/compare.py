@@ -158,7 +158,7 @@ def judge_model(train, config, samples: int) -> dict:
         train.evaluate = evaluate
         gc.collect()
     for line in said.getvalue().splitlines():
-        if line.startswith("warning"):
+        if line.startswith("warning") or "cannot be judged" in line:
             print(line)
     return found
 
@@ -183,7 +183,9 @@ def compare(options: Options, flags: list[str]) -> dict:
         fail(f"--samples {options.samples}: must be 0, or 2 and more")
     train = load_train(options.experiment)
     config = tyro.cli(train.Config, args=flags)
-    config = replace(config, max_steps=0, kl_weight=0.0, lora_rank=0)  # no reference is needed
+    config = replace(config, max_steps=0, kl_weight=0.0)  # no reference is needed
+    if not config.load_in_4bit:
+        config = replace(config, lora_rank=0)  # 4-bit weights need an adapter, here a fresh one
     ks = [2**i for i in range(options.samples.bit_length())]
     if options.samples and ks[-1] != options.samples:
         ks.append(options.samples)
@@ -284,6 +286,8 @@ def side_by_side(first: dict, other: dict, shown: int) -> list[str]:
     prompts = [answer["prompt"] for answer in first["greedy"]]
     before = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
     behind = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1]
+    if len(prompts) == 1:
+        behind = ""
     _, line_end, behind = behind.partition("\n")  # such as "assistant", which the template writes
     parts = []
     for prompt, a, b in zip(prompts, first["greedy"], other["greedy"]):
