@@ -5,8 +5,8 @@ each at its best.
     python benchmarks/vs_trl.py
     # the ratios alone, within 2 minutes; writes results/vs_trl_quick.json
     python benchmarks/vs_trl.py --quick
-    # a real language model, not measured yet; writes results/vs_trl_smollm2_quick.json
-    python benchmarks/vs_trl.py --quick --model-name data/smollm2 --pairs 3 --eval-prompts 32 \\
+    # a real language model, 20 minutes; writes results/vs_trl_smollm2_quick.json
+    python benchmarks/vs_trl.py --quick --model-name data/smollm2 --pairs 2 --eval-prompts 32 \\
         --trl-micro-batch 32 --patience 1800
 
 Each side is a process of its own that takes a step when this one says so, in turns, so that both

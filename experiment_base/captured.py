@@ -7,15 +7,16 @@ time. Here the forward of one token is recorded once, as a CUDA graph, and repla
     weights       one set, in the precision of the products; LoRA's B A is added to W in float32
     KV cache      has its full size from the start, and a token is written into the next column,
                   because a graph finds its tensors where they were when it was recorded
-    blocks        before each block of tokens, completions that have ended leave, and the forward is
-                  recorded again, for the rows that are left and the columns in use by its end
+    blocks        every 128 tokens, and where half of the rows have ended, completions that have
+                  ended leave, and the forward is recorded again: for the rows that are left, and
+                  the columns in use by the block's end
 """
 
 from contextlib import nullcontext
 
 import torch
 from kv_cache import prefill
-from model import can_pack, check_finite
+from model import can_pack, check_finite, unwrap
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.func import functional_call
@@ -29,7 +30,7 @@ def can_capture(policy, config) -> bool:
     """Whether the policy is on a CUDA device, and attends to all earlier tokens with a mask."""
     if policy.device.type != "cuda" or config.load_in_4bit:
         return False
-    return can_pack(policy.config, config.max_length)
+    return can_pack(unwrap(policy).config, config.max_length)
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def sample_captured(policy, histories, eos_ids, config, generator=None):
         decoder = Decoder(model, cache, mask, config)
         row_log_probs = log_softmax(logits, config)  # (rows, vocabulary)
         for t in range(config.max_new_tokens):
-            tokens, token_log_probs = choose_tokens(row_log_probs, row_of, generator)
+            tokens, token_log_probs = draw_tokens(row_log_probs, row_of, generator)
             ids[unfinished, t] = tokens
             log_probs[unfinished, t] = token_log_probs
             lengths[unfinished] += 1
@@ -76,7 +77,7 @@ def log_softmax(logits, config):
     return (logits[:, -1].float() / config.temperature).log_softmax(-1)
 
 
-def choose_tokens(row_log_probs, row_of, generator):
+def draw_tokens(row_log_probs, row_of, generator):
     """The next token of every unfinished completion, and its log-prob, (unfinished,) each.
 
     argmax(log p - log e), with e from an exponential distribution for each token, is a draw of p

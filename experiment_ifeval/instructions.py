@@ -88,7 +88,7 @@ def kinds_of(where: str, row: dict) -> list[str]:
 
 
 def is_undecided(where: str, row: dict) -> bool:
-    """Whether a row cannot be judged here, or not twice alike.
+    """Whether a row cannot be judged here, or not alike each time.
 
     Some need nltk's data. google/IFEval has a few that ask for the frequency of "!" or "#": their
     checker, which knows letters alone, draws a letter of its own.
