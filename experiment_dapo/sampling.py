@@ -11,7 +11,7 @@ It computes this, for every history at once:
 
 Three things make it fast. Keys and values of earlier tokens are kept in a KV cache (kv_cache.py).
 Completions of one prompt share a row of the cache for as long as they agree. Rows that have ended
-leave. On a CUDA device captured.py does the same work in another way, nine times faster.
+leave. On a CUDA device captured.py samples single turns in another way, with the same result.
 """
 
 import math
