@@ -305,14 +305,14 @@ def sampling_times(train, policy, config, options: Options) -> dict:
 
     prompts, _ = train.read_prompts(config, train.load_tokenizer(config))
     histories = [prompt.ids for prompt in prompts[:16] for _ in range(8)]
-    ways = {"plain": (sampling.sample_plainly, None), "captured": (sample_captured,)}
+    ways = {"plain": sampling.sample_plainly, "captured": sample_captured}
     times = {}
-    for name, (sample, *memory) in ways.items():
+    for name, sample in ways.items():
         for tokens in (8, min(64, options.max_new_tokens)):
             config.max_new_tokens = tokens
             generator = train.make_generator(options.device, 42)
             start = now(options.device)
-            sample(policy, histories, set(), config, generator, *memory)  # no end token ends it
+            sample(policy, histories, set(), config, generator)  # no end token ends it
             times[name] = 1000 * (now(options.device) - start) / tokens
     return times
 

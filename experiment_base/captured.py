@@ -15,8 +15,8 @@ time. Here the forward of one token is recorded once, as a CUDA graph, and repla
 from contextlib import nullcontext
 
 import torch
-from kv_cache import prefill
-from model import can_pack, check_finite, unwrap
+from kv_cache import distinct_rows, prefill
+from model import can_pack, check_finite, next_log_probs, unwrap
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.func import functional_call
@@ -37,9 +37,7 @@ def can_capture(policy, config) -> bool:
 def sample_captured(policy, histories, eos_ids, config, generator=None):
     """As `sample_plainly` in sampling.py, for a single turn."""
     device = policy.device
-    histories = [tuple(history) for history in histories]
-    rows = list(dict.fromkeys(histories))  # each distinct history is forwarded once
-    row_number = {row: number for number, row in enumerate(rows)}
+    rows, row_of = distinct_rows(histories, device)
     eos_ids = torch.tensor(sorted(eos_ids), device=device)
 
     shape = (len(histories), config.max_new_tokens)
@@ -47,12 +45,11 @@ def sample_captured(policy, histories, eos_ids, config, generator=None):
     log_probs = torch.zeros(shape, device=device)  # (completions, new tokens)
     lengths = torch.zeros_like(ids[:, 0])  # (completions,), new tokens so far
     unfinished = torch.arange(len(ids), device=device)  # (unfinished,), numbers of completions
-    row_of = torch.tensor([row_number[history] for history in histories], device=device)
 
     with PlainModel(policy, config) as model:
         cache, mask, logits = prefill(model, rows, None)
         decoder = Decoder(model, cache, mask, config)
-        row_log_probs = log_softmax(logits, config)  # (rows, vocabulary)
+        row_log_probs = next_log_probs(logits, config)  # (rows, vocabulary)
         for t in range(config.max_new_tokens):
             tokens, token_log_probs = draw_tokens(row_log_probs, row_of, generator)
             ids[unfinished, t] = tokens
@@ -70,11 +67,6 @@ def sample_captured(policy, histories, eos_ids, config, generator=None):
             row_log_probs = decoder.forward(row_of, tokens)
     check_finite(log_probs, config)
     return ids, log_probs, lengths
-
-
-def log_softmax(logits, config):
-    """(rows, 1, vocabulary) -> (rows, vocabulary), at the temperature."""
-    return (logits[:, -1].float() / config.temperature).log_softmax(-1)
 
 
 def draw_tokens(row_log_probs, row_of, generator):
@@ -210,6 +202,6 @@ class Decoder:
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.log_probs = log_softmax(output.logits, self.config)
+        self.log_probs = next_log_probs(output.logits, self.config)
         self.positions += 1
         self.column += 1

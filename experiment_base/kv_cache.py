@@ -11,6 +11,13 @@ from transformers.cache_utils import DynamicLayer
 ROOM = 32  # tokens for which the KV cache makes room at once
 
 
+def distinct_rows(histories, device):
+    """(rows, row_of): each distinct history as a tuple, and for each history the row that it is."""
+    rows = list(dict.fromkeys(tuple(history) for history in histories))
+    number = {row: i for i, row in enumerate(rows)}
+    return rows, torch.tensor([number[tuple(history)] for history in histories], device=device)
+
+
 def prefill(policy, rows, memory):
     """Forward of each row what `memory` does not hold.
 

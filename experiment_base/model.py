@@ -104,6 +104,14 @@ def autocast(config, device: torch.device, sampling: bool = False):
     return torch.autocast(device.type, getattr(torch, config.precision), enabled=enabled)
 
 
+def next_log_probs(logits, config) -> torch.Tensor:
+    """Log-probs of each row's next token at the temperature.
+
+    (rows, tokens, vocabulary) -> (rows, vocabulary).
+    """
+    return (logits[:, -1].float() / config.temperature).log_softmax(-1)
+
+
 def check_finite(log_probs, config) -> None:
     """End the program with a line where sampled log-probs are NaN."""
     if log_probs.isnan().any():

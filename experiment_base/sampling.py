@@ -18,8 +18,8 @@ import math
 
 import torch
 from captured import can_capture, sample_captured
-from kv_cache import prefill, remember
-from model import autocast, check_finite
+from kv_cache import distinct_rows, prefill, remember
+from model import autocast, check_finite, next_log_probs
 
 LARGE_VOCABULARY = 4096  # entries; see `draw`
 
@@ -51,15 +51,13 @@ def cut(rows, lengths) -> list:
 
 
 @torch.no_grad()  # not inference_mode: it would cast every weight again for every token (autocast)
-def sample_plainly(policy, histories, eos_ids, config, generator, memory):
-    """The loop above. Returns (ids, log_probs, lengths).
+def sample_plainly(policy, histories, eos_ids, config, generator=None, memory=None):
+    """The loop of the header. Returns (ids, log_probs, lengths).
 
     Shapes: (completions, max_new_tokens) twice, and (completions,), the new tokens of each.
     """
     device = policy.device
-    histories = [tuple(history) for history in histories]
-    rows = list(dict.fromkeys(histories))  # each distinct history is one row of the cache
-    row_number = {row: number for number, row in enumerate(rows)}
+    rows, row_of = distinct_rows(histories, device)
     eos_ids = torch.tensor(sorted(eos_ids), device=device)
 
     shape = (len(histories), config.max_new_tokens)
@@ -67,7 +65,6 @@ def sample_plainly(policy, histories, eos_ids, config, generator, memory):
     log_probs = torch.zeros(shape, device=device)  # (completions, new tokens)
     lengths = torch.zeros_like(ids[:, 0])  # (completions,), new tokens so far
     unfinished = torch.arange(len(ids), device=device)  # (unfinished,), numbers of completions
-    row_of = torch.tensor([row_number[history] for history in histories], device=device)
 
     with autocast(config, device, sampling=True):
         cache, mask, logits = prefill(policy, rows, memory)
@@ -107,7 +104,7 @@ def choose_tokens(logits, row_of, config, generator):
 
     logits: (rows, 1, vocabulary); row_of: (unfinished,), the row of each unfinished completion.
     """
-    row_log_probs = (logits[:, -1].float() / config.temperature).log_softmax(-1)
+    row_log_probs = next_log_probs(logits, config)
     check_finite(row_log_probs, config)
     log_probs = row_log_probs[row_of]  # (unfinished, vocabulary)
     if generator is None:
