@@ -143,7 +143,7 @@ class Config:
     # Held-out prompts. Higher: a steadier figure, and slower evaluations.
     max_eval_prompts: PositiveInt = 256
     # Kinds of instruction that are not trained on, with commas between: rows with one are left out.
-    # Of these four the untrained model follows none in 32 samples: groups without spread.
+    # The untrained model follows none of these four in a held-out answer: groups without spread.
     left_out_kinds: str = (
         "change_case:english_capital,change_case:english_lowercase,"
         "combination:repeat_prompt,length_constraints:nth_paragraph_first_word"
