@@ -155,6 +155,7 @@ class Decoder:
     def __init__(self, model, cache, mask, config) -> None:
         self.model = model
         self.config = config
+        self.is_first = True
         self.past = mask.shape[1]  # columns in use
         self.mask = torch.cat([mask, mask.new_zeros(len(mask), config.max_new_tokens)], dim=1)
         self.positions = mask.sum(-1, keepdim=True)  # (rows, 1), of the next token
@@ -164,7 +165,6 @@ class Decoder:
     def begin_block(self, row_of) -> None:
         """Keep these rows, one for each unfinished completion."""
         self.graph = None
-        self.log_probs = None
         self.rows = len(row_of)
         self.mask = self.mask[row_of]
         self.positions = self.positions[row_of]
@@ -180,8 +180,9 @@ class Decoder:
     def forward(self, row_of, tokens):
         """Log-probs of the next token, (rows, vocabulary). Rows not in row_of have ended."""
         self.ids[row_of, 0] = tokens
-        if self.log_probs is None or not self.ids.is_cuda:
-            self.one_token()  # the first of a block: libraries set themselves up outside of a graph
+        if self.is_first or not self.ids.is_cuda:
+            self.one_token()  # the first of all: libraries set themselves up outside of a graph
+            self.is_first = False
         elif self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):

@@ -82,9 +82,9 @@ def resolve(config):
     changes = {}
     if config.precision == "auto":
         changes["precision"] = precision
+    if config.attention in ("flex_attention", "flash_attention_2") and not has_cuda:
+        fail(f"--attention {config.attention}: needs a CUDA device; take sdpa")
     if config.attention == "flash_attention_2":
-        if not has_cuda:
-            fail("--attention flash_attention_2: needs a CUDA device; take sdpa")
         if changes.get("precision", config.precision) == "float32":
             fail("--attention flash_attention_2: needs --precision bfloat16 or float16")
     if config.test:
@@ -291,6 +291,10 @@ def takes_system_message(tokenizer) -> bool:
 
 def choose_attention(config, model_config) -> str:
     """flash-attention where it is installed and rows cannot be packed anyway, else torch's own."""
+    if config.attention == "flex_attention":
+        from flex import register  # torch's compiler takes seconds to import
+
+        return register()
     if config.attention != "auto":
         return config.attention
     has_flash = torch.cuda.is_available() and is_flash_attn_2_available()

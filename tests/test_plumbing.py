@@ -611,7 +611,15 @@ def test_the_copies_of_the_repository_are_in_step():
     sync.main(sync.Config(check=True))
     found = {str(copied.relative_to(ROOT)) for _, copied in sync.copies(ROOT)}
     for name in set(EXPERIMENTS) - {"experiment_base"}:
-        for file in ("sampling.py", "captured.py", "kv_cache.py", "model.py", "run.py", "data.py"):
+        for file in (
+            "sampling.py",
+            "captured.py",
+            "kv_cache.py",
+            "model.py",
+            "flex.py",
+            "run.py",
+            "data.py",
+        ):
             is_own = file in sync.own_plumbing(ROOT / name)
             assert is_own or f"{name}/{file}" in found
     assert "experiment_multiturn_qa/calls.py" in found

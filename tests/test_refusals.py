@@ -237,6 +237,8 @@ def test_flash_attention_without_its_package_or_a_gpu(tmp_path, model, monkeypat
     monkeypatch.setattr(base.run, "is_installed", lambda package: True)
     message = refusal(tmp_path, model, monkeypatch, attention="flash_attention_2")
     assert "needs a CUDA device" in message
+    message = refusal(tmp_path, model, monkeypatch, attention="flex_attention")
+    assert "--attention flex_attention: needs a CUDA device" in message
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))

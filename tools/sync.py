@@ -4,9 +4,9 @@
     python tools/sync.py --check    # copy nothing; say what differs, and exit with 1 if anything
 
 Plumbing is what an experiment uses as it is: sampling.py, kv_cache.py, captured.py, model.py,
-run.py and data.py belong to experiment_base, calls.py to experiment_multiturn_tool_calling. Change
-the owner's file, then run this. Lesson files (train.py, loss.py, replay_buffer.py) are never
-touched: they may diverge.
+flex.py, run.py and data.py belong to experiment_base, calls.py to
+experiment_multiturn_tool_calling. Change the owner's file, then run this. Lesson files (train.py,
+loss.py, replay_buffer.py) are never touched: they may diverge.
 
 An experiment whose README has a line "Own plumbing: `sampling.py`" keeps that file for itself.
 """
@@ -24,6 +24,7 @@ OWNERS = {  # a file stands before those that it imports
     "captured.py": "experiment_base",
     "kv_cache.py": "experiment_base",
     "model.py": "experiment_base",
+    "flex.py": "experiment_base",
     "run.py": "experiment_base",
     "data.py": "experiment_base",
     "calls.py": "experiment_multiturn_tool_calling",
@@ -58,7 +59,7 @@ def copies(root: Path) -> list[tuple[Path, Path]]:
         for name, owner in OWNERS.items():
             if experiment.name == owner or name in own_plumbing(experiment):
                 continue
-            if re.search(rf"^(from|import) {name.removesuffix('.py')}\b", code, re.MULTILINE):
+            if re.search(rf"^ *(from|import) {name.removesuffix('.py')}\b", code, re.MULTILINE):
                 found.append((root / owner / name, experiment / name))
                 if (root / owner / name).is_file():  # what it imports is needed too
                     code += (root / owner / name).read_text()

@@ -1,0 +1,56 @@
+"""--attention flex_attention: what packed rows hide is skipped, not computed and masked.
+
+Plumbing, the same in every experiment. In a row of eight completions most pairs of tokens belong to
+two completions, and torch's usual attention computes their scores for nothing. flex_attention is
+compiled for a mask (20 s, once a run), and leaves out its blocks of 128 x 128 tokens of which none
+is seen. Everything else goes to torch's usual attention: sampling, and rows of one completion.
+"""
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "packed_rows"  # of this attention, among those that transformers knows
+compiled = torch.compile(flex_attention, dynamic=True)  # dynamic: once for rows of all lengths
+
+
+def register() -> str:
+    """Make it known to transformers. Returns its name."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, **arguments):
+    """query: (rows, heads, tokens, head size), key and value: of key-value heads.
+
+    Returns (rows, tokens, heads, head size), and None for the attention weights.
+    """
+    if not is_of_packed_rows(attention_mask):
+        arguments["scaling"] = scaling
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+    if not hasattr(attention_mask, "blocks"):  # every layer gets the same mask
+        attention_mask.blocks = block_mask(attention_mask)
+    # Its own way to share key-value heads has a backward pass that is three times slower.
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    output = compiled(query, key, value, block_mask=attention_mask.blocks, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def is_of_packed_rows(mask) -> bool:
+    """Whether it is MicroBatch.attention_mask of packed rows: square, and added to the scores."""
+    is_added = mask is not None and mask.is_floating_point()
+    return is_added and mask.shape[-1] == mask.shape[-2] > 1
+
+
+def block_mask(mask) -> BlockMask:
+    """The blocks of a mask (rows, 1, tokens, tokens), 0 where a token attends."""
+
+    def attends(row, head, query, key):
+        return mask[row, 0, query, key] == 0
+
+    rows, _, tokens, _ = mask.shape
+    return create_block_mask(attends, rows, None, tokens, tokens, device=mask.device)
