@@ -1,5 +1,5 @@
-"""Run experiment_ifeval for several seeds, with its honest part switched off, and with three kinds
-of instruction left out of training; draw what came out.
+"""Run experiment_ifeval for several seeds, with the reward that can be gamed, and with three kinds
+of instruction left out of training; draw the first two.
 
     python data/get_smollm2.py
     python benchmarks/ifeval_curve.py
@@ -29,7 +29,7 @@ UNSEEN = (
     "detectable_format:number_highlighted_sections",
     "startend:quotation",
 )
-ALWAYS = ("eval_accuracy", "eval_on_topic", "eval_prompt_strict", "eval_instruction_strict")
+PRINTED = ("eval_accuracy", "eval_on_topic", "eval_prompt_strict", "eval_instruction_strict")
 STEP = ("reward", "accuracy", "instructions", "on_topic", "completion_length", "distinct_fraction")
 
 
@@ -129,7 +129,7 @@ def main(config: Config) -> None:
     for name, flags in plan.items():
         runs[name] = run_once(name, flags, config, EXPERIMENT)
         summaries[name] = summarise(runs[name])
-        figures = {key: summaries[name][key] for key in ALWAYS}
+        figures = {key: summaries[name][key] for key in PRINTED}
         gains = [f"{key} {before:.3f} -> {after:.3f}" for key, (before, after) in figures.items()]
         print(f"{name}: {', '.join(gains)}", flush=True)
     answers = {"start": greedy_answers(str(ROOT / "data" / "smollm2"), config.answers)}

@@ -6,9 +6,10 @@
 A prompt asks for a few words about a topic and adds one to three instructions that a program can
 check, such as "use no commas". A row has the fields of google/IFEval (key, prompt,
 instruction_id_list, kwargs) and one more, `topic`: words that an answer about this topic would use.
-None of them stands in the prompt, so an answer that only repeats the prompt has none. Training and
-held-out rows share no topic, no phrase of a request or an instruction, and no phrase to end with.
-Kinds of instruction are drawn in proportion to google/IFEval's.
+No form of them stands in the prompt, so an answer that only repeats the prompt has none. Training
+and held-out rows share no topic, no phrase of a request or an instruction, and no phrase to end
+with. Kinds of instruction are drawn in proportion to google/IFEval's, the second and third among
+those that can stand beside the first.
 
 Two of the 25 kinds count sentences, or words in capitals, with nltk's sentence data, a download:
 
@@ -19,6 +20,7 @@ They are left out where it is missing, as it was when the files in this director
 
 import json
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,8 @@ from pathlib import Path
 import tyro
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiment_ifeval"))
-from instructions import SENTENCE_KINDS, has_sentence_data  # noqa: E402
+from if_verifiable.ifeval.instructions_registry import INSTRUCTION_CONFLICTS  # noqa: E402
+from instructions import SENTENCE_KINDS, has_sentence_data, is_form_of  # noqa: E402
 
 DATA = Path(__file__).resolve().parent
 
@@ -284,27 +287,29 @@ oak trees: acorn leaf leaves wood shade strong branch forest old bark root squir
 """
 # Words of an assistant that says nothing. They are taken out of the lists above and below.
 EMPTY_WORDS = """
-aide answer apoyo assist ayuda best day enjoy experience feel find fun glad good great guide happy
-help helping helps hilf information interest interesting know learn learning like look love need
-people place question read ready remember service share something soutien start subject support
-talk tell text think time topic unterstütz view welcome work write writing
+aide answer apoyo assist ayuda best day days día enjoy everyday experience favorite feel find fun
+gens gente glad good great guide happy help helping helps hilf human information interest
+interesting jour know learn learning life like look love mensch need new people persona place
+question read ready remember see service share short show something soutien special start subject
+support tag talk tell text think through time topic under unterstütz view way welcome work world
+write writing
 """.split()
 # Words that answers about many topics of a sort use, and the topics that they are added to.
 SORTS = """
-creature animal species habitat wildlife behavio- ecosystem predator prey natural marine reptile:
+creature animal species habitat wildlife behavio- ecosystem predator prey marine reptile:
   honey bees, elephants, penguins, dogs, cats, horses, owls, sharks, whales, spiders, butterflies,
   frogs, dinosaurs, turtles, bats, ants, dolphins, bears, parrots, wolves
-plant nature natural flower leaf leaves fruit botan- ecosystem species garden cultivat-
+plant nature flower leaf leaves fruit botan- ecosystem species garden cultivat-
   ornamental: gardening, forests, trees, roses, farmers, apples, bananas, tomatoes, potatoes, oak
   trees, tea
 food delicious flavor taste tasty dish meal cuisine ingredient nutri- eat vitamin cook drink
   culinary recipe texture aroma beverage treat: baking bread, coffee, tea, pizza, chocolate,
   apples, bananas, rice, cheese, soup, breakfast, ice cream, tomatoes, potatoes, pancakes, salad,
   bakeries, salt
-nature natural landscape earth environment ecosystem planet geolog- formation terrain water scenic
-  breathtaking: volcanoes, mountains, rivers, deserts, forests, beaches, earthquakes, islands,
+nature landscape earth environment ecosystem planet geolog- formation terrain water
+  scenic: volcanoes, mountains, rivers, deserts, forests, beaches, earthquakes, islands,
   glaciers, camping, hiking
-weather atmospher- climate season sky water vapor air natural phenomen- temperature: rain, snow,
+weather atmospher- climate season sky water vapor air phenomen- temperature: rain, snow,
   winter, spring, rainbows, thunderstorms, fog, autumn, clouds
 celestial space star planet orbit universe cosmos solar sky astronom- night: the moon, the sun,
   planets, comets, astronauts, telescopes
@@ -369,32 +374,37 @@ markets|de: markt kauf verkauf obst produkt preis gemüse mensch
 """
 
 # ---------------------------------------------------------------- phrases
-TRAIN_REQUESTS = (
-    "Write a sentence about {topic}.",
-    "Describe {topic} in one sentence.",
+# A third of each list is held out, see `split`.
+REQUESTS = (
+    "Write something about {topic}.",
+    "Describe {topic}.",
     "Tell me something about {topic}.",
     "What should a child know about {topic}?",
-    "Give me one interesting fact about {topic}.",
+    "Give me an interesting fact about {topic}.",
     "Explain in a few words why people care about {topic}.",
-    "Write one line on {topic}.",
+    "Write a little about {topic}.",
     "What comes to mind when you think of {topic}?",
-)
-EVAL_REQUESTS = (
-    "In one sentence, what is special about {topic}?",
+    "What is special about {topic}?",
     "Give a short description of {topic}.",
     "What can you say about {topic}?",
     "State a simple fact about {topic}.",
+    "Write a short text about {topic}.",
+    "Say something about {topic}.",
+    "Tell a friend about {topic} in a few words.",
+    "What do you know about {topic}?",
+    "Introduce {topic} to somebody new to the subject.",
+    "Write a few words about {topic}.",
 )
-TRAIN_QUESTIONS = (
+QUESTIONS = (
     "Do most people like {topic}?",
     "Is it worth knowing more about {topic}?",
     "Would the world be poorer without {topic}?",
-)
-EVAL_QUESTIONS = (
-    "Are {topic} a good subject for a school lesson?",
+    "Should {topic} be the subject of a school lesson?",
     "Should everybody know something about {topic}?",
+    "Could you live without {topic}?",
+    "Should people talk more about {topic}?",
 )
-TRAIN_END_PHRASES = (
+END_PHRASES = (
     "That is all.",
     "Have a good day!",
     "I hope this helps.",
@@ -403,299 +413,410 @@ TRAIN_END_PHRASES = (
     "Thank you for asking.",
     "Now you know.",
     "Enjoy!",
-)
-EVAL_END_PHRASES = (
     "See you soon!",
     "Is it not wonderful?",
     "You are welcome to ask more.",
     "This is the end.",
+    "Any other questions?",
+    "Let me know.",
+    "Until next time.",
+    "What a world!",
+    "Come back soon.",
+    "Ask me again tomorrow.",
+    "So much for today.",
+    "Is there more to say?",
+    "Take care!",
 )
-TRAIN_FIRST_WORDS = ("today", "people", "often", "many", "every", "when", "nature", "some")
-EVAL_FIRST_WORDS = ("once", "most", "indeed", "here", "sometimes")
+FIRST_WORDS = (
+    "today",
+    "people",
+    "often",
+    "many",
+    "every",
+    "when",
+    "nature",
+    "some",
+    "once",
+    "most",
+    "indeed",
+    "here",
+    "sometimes",
+)
 LANGUAGES = {"es": "Spanish", "fr": "French", "de": "German"}
 
-# Per kind: phrases for training, and others for the held-out prompts.
+# For each kind, ways to ask for it.
 PHRASES = {
     "keywords:existence": (
-        (
-            "Include the words {words}.",
-            "Mention {words}.",
-            "Your answer has to use {words}.",
-            "Use the words {words} somewhere.",
-            "Make sure to use the words {words}.",
-            "Work the words {words} into your answer.",
-        ),
-        (
-            "Include the keywords {words} in your answer.",
-            "The answer should contain {words}.",
-        ),
+        "Include the words {words}.",
+        "Mention {words}.",
+        "Your answer has to use {words}.",
+        "Use the words {words} somewhere.",
+        "Make sure to use the words {words}.",
+        "Work the words {words} into your answer.",
+        "Include the keywords {words} in your answer.",
+        "The answer should contain {words}.",
+        "Be sure to mention {words}.",
+        "I want to read the words {words} in it.",
+        "The words {words} must be in your answer.",
+        "Say something with the words {words}.",
+        "Put the words {words} in the text.",
+        "Do not forget the words {words}.",
+        "Write it with the words {words}.",
     ),
     "keywords:frequency": (
-        (
-            "Use the word {word} at least {n} times.",
-            "The word {word} must appear {n} or more times.",
-            "Repeat the word {word} so that it is there at least {n} times.",
-            "Say {word} at least {n} times.",
-            "Let the word {word} occur {n} times or more.",
-        ),
-        ("In your answer, write {word} at least {n} times.",),
+        "Use the word {word} at least {n} times.",
+        "The word {word} must appear {n} or more times.",
+        "Repeat the word {word} so that it is there at least {n} times.",
+        "Say {word} at least {n} times.",
+        "Let the word {word} occur {n} times or more.",
+        "In your answer, write {word} at least {n} times.",
+        "The word {word} should be in the answer at least {n} times.",
+        "Include the word {word} {n} or more times.",
+        "Mention {word} at least {n} times.",
+        "I want to see the word {word} at least {n} times.",
+        "Make sure that the word {word} is used {n} times or more.",
+        "Write the word {word} no fewer than {n} times.",
+        "Your answer has to use the word {word} at least {n} times.",
+        "Put the word {word} in the text at least {n} times.",
+        "At least {n} times, the answer should say {word}.",
     ),
     "keywords:forbidden_words": (
-        (
-            "Do not use the words {words}.",
-            "Avoid {words}.",
-            "Leave out {words}.",
-            "Never say {words}.",
-            "You may not mention {words}.",
-            "Write it without using {words}.",
-        ),
-        (
-            "Answer without the words {words}.",
-            "The words {words} are not allowed.",
-        ),
+        "Do not use the words {words}.",
+        "Avoid {words}.",
+        "Leave out {words}.",
+        "Never say {words}.",
+        "You may not mention {words}.",
+        "Write it without using {words}.",
+        "Answer without the words {words}.",
+        "The words {words} are not allowed.",
+        "Do not include the words {words}.",
+        "Keep the words {words} out of your answer.",
+        "The words {words} are forbidden.",
+        "Please avoid the words {words}.",
+        "Do not mention {words}.",
+        "Your answer must not contain {words}.",
+        "Answer, but never use the words {words}.",
     ),
     "keywords:letter_frequency": (
-        (
-            "The letter {letter} should appear {relation} {n} times.",
-            "Use the letter {letter} {relation} {n} times.",
-            "Let the letter {letter} occur {relation} {n} times.",
-            "Write the letter {letter} {relation} {n} times.",
-            "Count the letter {letter}: it should be there {relation} {n} times.",
-        ),
-        ("Your answer should have the letter {letter} {relation} {n} times.",),
+        "The letter {letter} should appear {relation} {n} times.",
+        "Use the letter {letter} {relation} {n} times.",
+        "Let the letter {letter} occur {relation} {n} times.",
+        "Write the letter {letter} {relation} {n} times.",
+        "Count the letter {letter}: it should be there {relation} {n} times.",
+        "Your answer should have the letter {letter} {relation} {n} times.",
+        "Include the letter {letter} {relation} {n} times.",
+        "The letter {letter} should be there {relation} {n} times.",
+        "I want to see the letter {letter} {relation} {n} times.",
+        "In the answer, the letter {letter} must be found {relation} {n} times.",
+        "Make sure that the letter {letter} is used {relation} {n} times.",
+        "Put the letter {letter} in your answer {relation} {n} times.",
+        "The answer must contain the letter {letter} {relation} {n} times.",
     ),
     "language:response_language": (
-        (
-            "Answer in {language}.",
-            "Reply in the {language} language.",
-            "Write only {language}.",
-            "Please respond in {language}.",
-            "I only understand {language}.",
-            "Use the {language} language for everything.",
-        ),
-        (
-            "Your entire answer should be in {language}.",
-            "Use no language but {language}.",
-        ),
+        "Answer in {language}.",
+        "Reply in the {language} language.",
+        "Write only {language}.",
+        "Please respond in {language}.",
+        "I only understand {language}.",
+        "Use the {language} language for everything.",
+        "Your entire answer should be in {language}.",
+        "Use no language but {language}.",
+        "Give the answer in {language}.",
+        "Write your answer in {language}, please.",
+        "The answer must be in {language}.",
+        "Say it in {language}.",
+        "No other language than {language} is allowed.",
+        "Write the whole answer in {language}.",
+        "Speak {language} to me.",
     ),
     "length_constraints:number_sentences": (
-        (
-            "Write {relation} {n} sentences.",
-            "Your answer should have {relation} {n} sentences.",
-            "Use {relation} {n} sentences.",
-            "The length should be {relation} {n} sentences.",
-            "Keep to {relation} {n} sentences.",
-        ),
-        ("Answer in {relation} {n} sentences.",),
+        "Write {relation} {n} sentences.",
+        "Your answer should have {relation} {n} sentences.",
+        "Use {relation} {n} sentences.",
+        "The length should be {relation} {n} sentences.",
+        "Keep to {relation} {n} sentences.",
+        "Answer in {relation} {n} sentences.",
+        "Say it in {relation} {n} sentences.",
+        "Give {relation} {n} sentences.",
+        "There should be {relation} {n} sentences.",
+        "I want {relation} {n} sentences.",
+        "The answer must have {relation} {n} sentences.",
+        "Make it {relation} {n} sentences long.",
     ),
     "length_constraints:number_paragraphs": (
-        (
-            "Write {n} paragraphs and separate them with ***.",
-            "Give {n} short paragraphs with *** between them.",
-            "Put *** between the {n} paragraphs of your answer.",
-            "Write exactly {n} paragraphs, with the line *** after each but the last.",
-            "Split the answer into {n} paragraphs by writing *** between them.",
-        ),
-        ("There should be {n} paragraphs, separated with the divider ***",),
+        "Write {n} paragraphs and separate them with ***.",
+        "Give {n} short paragraphs with *** between them.",
+        "Put *** between the {n} paragraphs of your answer.",
+        "Write exactly {n} paragraphs, with the line *** after each but the last.",
+        "Split the answer into {n} paragraphs by writing *** between them.",
+        "There should be {n} paragraphs, separated with the divider ***",
+        "Your answer should have {n} paragraphs. Separate them with ***",
+        "I want {n} paragraphs with *** in between.",
+        "Use *** to separate the {n} paragraphs.",
+        "Make {n} short paragraphs and write *** between them.",
+        "Answer in {n} paragraphs, divided by ***",
+        "The answer must have exactly {n} paragraphs, with *** between them.",
+        "Divide your answer into {n} paragraphs with the divider ***",
     ),
     "length_constraints:number_words": (
-        (
-            "Use {relation} {n} words.",
-            "Answer with {relation} {n} words.",
-            "Keep to {relation} {n} words.",
-            "The length should be {relation} {n} words.",
-            "Say it in {relation} {n} words.",
-        ),
-        (
-            "The whole answer should have {relation} {n} words.",
-            "Write {relation} {n} words.",
-        ),
+        "Use {relation} {n} words.",
+        "Answer with {relation} {n} words.",
+        "The answer should be {relation} {n} words long.",
+        "The length should be {relation} {n} words.",
+        "Say it in {relation} {n} words.",
+        "The whole answer should have {relation} {n} words.",
+        "Write {relation} {n} words.",
+        "Your answer must have {relation} {n} words.",
+        "Answer in {relation} {n} words.",
+        "There should be {relation} {n} words.",
+        "Make it {relation} {n} words long.",
+        "I want {relation} {n} words.",
+        "Give an answer of {relation} {n} words.",
+        "In total, write {relation} {n} words.",
+        "Its length should be {relation} {n} words.",
     ),
     "length_constraints:nth_paragraph_first_word": (
-        (
-            "Write {n} paragraphs with an empty line between them. Paragraph {nth} must "
-            "begin with the word {word}.",
-            "There should be {n} paragraphs, divided by two line breaks, and paragraph "
-            "{nth} starts with {word}.",
-            "Give {n} paragraphs, each after an empty line, and start paragraph {nth} with {word}.",
-            "Use two line breaks to make {n} paragraphs; the first word of paragraph "
-            "{nth} is {word}.",
-        ),
-        (
-            "Write {n} short paragraphs separated by a blank line. Begin paragraph "
-            "{nth} with the word {word}.",
-        ),
+        "Write {n} paragraphs with an empty line between them. Paragraph {nth} must begin "
+        "with the word {word}.",
+        "There should be {n} paragraphs, divided by two line breaks, and paragraph {nth} "
+        "starts with {word}.",
+        "Give {n} paragraphs with an empty line between them. Start paragraph {nth} with {word}.",
+        "Use two line breaks to make {n} paragraphs; the first word of paragraph {nth} is {word}.",
+        "Write {n} short paragraphs separated by a blank line. Begin paragraph {nth} with the "
+        "word {word}.",
+        "Answer in {n} paragraphs with a blank line between them. The word {word} begins "
+        "paragraph {nth}.",
+        "Make {n} paragraphs, with an empty line between two of them, and begin paragraph "
+        "{nth} with {word}.",
     ),
     "detectable_content:number_placeholders": (
-        (
-            "Use at least {n} placeholders in square brackets, such as [name].",
-            "Leave {n} or more blanks such as [place] or [date].",
-            "Include {n} or more placeholders in square brackets, for example [name].",
-            "Put at least {n} things in square brackets for me to fill in, like [time].",
-            "Make it a template with at least {n} fields such as [number].",
-        ),
-        ("It should contain at least {n} placeholders in brackets, such as [city].",),
+        "Use at least {n} placeholders in square brackets, such as [name].",
+        "Leave {n} or more blanks in square brackets, such as [place] or [date].",
+        "Include {n} or more placeholders in square brackets, for example [name].",
+        "Put at least {n} things in square brackets for me to fill in, like [time].",
+        "Make it a template with at least {n} fields such as [number].",
+        "It should contain at least {n} placeholders in square brackets, such as [city].",
+        "Your answer must have at least {n} placeholders like [address].",
+        "Write at least {n} placeholders in square brackets, like [person].",
+        "There should be {n} or more placeholders, such as [country], in the text.",
+        "At least {n} places should be left open in square brackets, such as [color].",
+        "Add {n} or more placeholders, for example [title].",
+        "Use square brackets for at least {n} placeholders, as in [animal].",
+        "I want at least {n} placeholders in the answer, like [year].",
     ),
     "detectable_content:postscript": (
-        (
-            "At the end, add a postscript that starts with {marker}",
-            "Close with a postscript beginning with {marker}",
-            "Do not forget a postscript that begins with {marker}",
-            "Finish with a postscript: {marker}",
-            "Below the answer, add a note that starts with {marker}",
-        ),
-        ("After your answer, please write a postscript starting with {marker}",),
+        "At the end, add a postscript that starts with {marker}",
+        "Close with a postscript beginning with {marker}",
+        "Do not forget a postscript that begins with {marker}",
+        "Finish with a postscript that begins with {marker}",
+        "Below the answer, add a note that starts with {marker}",
+        "After your answer, please write a postscript starting with {marker}",
+        "Add a postscript with {marker} at the end of your answer.",
+        "There should be a postscript at the end, starting with {marker}",
+        "Write a postscript too, and begin it with {marker}",
+        "Your answer should end with a postscript that starts with {marker}",
+        "Put a postscript after the answer; it starts with {marker}",
+        "Include a postscript: {marker} and then another thought.",
     ),
     "detectable_format:number_bullet_lists": (
-        (
-            "Answer with exactly {n} bullet points, such as * this one.",
-            "Write a list of exactly {n} items that start with *",
-            "Give exactly {n} bullets, and start each with an asterisk (*).",
-            "Use {n} bullet points, each on a line that begins with *",
-            "Write it as exactly {n} bullet points:\n* first point\n* next point",
-        ),
-        ("Make a list with exactly {n} bullet points (* like this).",),
+        "Answer with exactly {n} bullet points, such as * this one.",
+        "Write a list of exactly {n} items that start with *",
+        "Give exactly {n} bullets, and start each with an asterisk (*).",
+        "Use exactly {n} bullet points, each on a line that begins with *",
+        "Write it as exactly {n} bullet points:\n* first point\n* next point",
+        "Make a list with exactly {n} bullet points (* like this).",
+        "Your answer must have exactly {n} bullet points. Begin each with *",
+        "I want exactly {n} bullet points, such as:\n* this is a point",
+        "The answer should be a list of exactly {n} bullet points with * before each.",
+        "List exactly {n} points, each with * in front of it.",
+        "There should be exactly {n} bullets (* one) in your answer.",
+        "Put the answer into exactly {n} bullet points, * like this.",
+        "Use markdown bullets: exactly {n} lines that start with *",
     ),
     "detectable_format:constrained_response": (
-        (
-            "Say one of 'My answer is yes.', 'My answer is no.' or 'My answer is "
-            "maybe.', and give a reason.",
-            "Begin with 'My answer is yes.', 'My answer is no.' or 'My answer is "
-            "maybe.' and then explain it.",
-            "Answer with 'My answer is yes.', 'My answer is no.' or 'My answer is "
-            "maybe.' and a short reason.",
-            "Your answer must contain 'My answer is yes.', 'My answer is no.' or 'My "
-            "answer is maybe.'",
-        ),
-        (
-            "Choose one of 'My answer is yes.', 'My answer is no.' and 'My answer is "
-            "maybe.', then say why.",
-        ),
+        "Say one of 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.', and "
+        "give a reason.",
+        "Begin with 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.' and then "
+        "explain it.",
+        "Answer with 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.' and a "
+        "short reason.",
+        "Your answer must contain 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.'",
+        "Choose one of 'My answer is yes.', 'My answer is no.' and 'My answer is maybe.', "
+        "then say why.",
+        "Start with one of these: 'My answer is yes.', 'My answer is no.', 'My answer is "
+        "maybe.' Then give a reason.",
+        "Use 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.', and say why "
+        "you think so.",
+        "Include one of 'My answer is yes.', 'My answer is no.' and 'My answer is maybe.' "
+        "with an explanation.",
+        "Pick 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.' and explain "
+        "your choice.",
     ),
     "detectable_format:number_highlighted_sections": (
-        (
-            "Highlight at least {n} parts with asterisks, like *this*.",
-            "Mark {n} or more phrases like *this one*.",
-            "Put at least {n} phrases between asterisks, such as *this phrase*.",
-            "Emphasise {n} or more words with asterisks, like *word*.",
-            "At least {n} words should be *highlighted* like that.",
-        ),
-        ("Highlight {n} words or more with markdown, i.e. *highlighted*.",),
+        "Highlight at least {n} parts with asterisks, like *this*.",
+        "Mark {n} or more phrases like *this one*.",
+        "Put at least {n} phrases between asterisks, such as *this phrase*.",
+        "Emphasise {n} or more phrases with asterisks, like *phrase*.",
+        "At least {n} parts should be *highlighted* like that.",
+        "Highlight {n} or more phrases with markdown, i.e. *highlighted*.",
+        "Highlight at least {n} sections of your answer with markdown, such as *this section*.",
+        "There should be {n} or more highlighted parts, i.e. *highlighted part*.",
+        "Use asterisks to highlight at least {n} parts, for example *this*.",
+        "Your answer must have at least {n} phrases that are *highlighted*.",
+        "Please highlight {n} or more important phrases, like *important*.",
+        "Make at least {n} parts stand out with asterisks, as in *this part*.",
+        "In your answer, mark at least {n} phrases with *asterisks*.",
     ),
     "detectable_format:multiple_sections": (
-        (
-            "Write {n} sections and begin each with {splitter} and its number.",
-            "Divide the answer into {n} parts that are headed {splitter} 1, {splitter} "
-            "2 and so on.",
-            "Give {n} sections. Head them {splitter} 1, {splitter} 2 and so on.",
-            "The answer needs {n} sections, each starting with {splitter} and a number.",
-            "Put the headings {splitter} 1 to {splitter} {n} before the parts of your answer.",
-        ),
-        ("Use {n} sections titled {splitter} 1 to {splitter} {n}.",),
+        "Write {n} sections and begin each with {splitter} and its number, as in {splitter} 1",
+        "Divide the answer into {n} parts that are headed {splitter} 1, {splitter} 2 and so on.",
+        "Give {n} sections. Head them {splitter} 1, {splitter} 2 and so on.",
+        "The answer needs {n} sections, each starting with {splitter} and its number (1, 2, ...).",
+        "Put the headings {splitter} 1 to {splitter} {n} before the parts of your answer.",
+        "Use {n} sections titled {splitter} 1 to {splitter} {n}.",
+        "Your answer must have {n} sections. Mark the beginning of each with {splitter} X, "
+        "such as {splitter} 1",
+        "Make {n} sections, called {splitter} 1, {splitter} 2 and so on.",
+        "There should be {n} short sections with the headings {splitter} 1 to {splitter} {n}.",
+        "Split your answer into {n} sections: {splitter} 1, then {splitter} 2, and so on.",
+        "Answer in {n} sections, and start each with {splitter} and its number (1, 2, ...).",
+        "Structure it as {n} sections, from {splitter} 1 to {splitter} {n}.",
     ),
     "detectable_format:json_format": (
-        (
-            "Give the answer as one JSON object.",
-            "Answer in JSON and write nothing else.",
-            "Write your answer as JSON.",
-            "Return only a JSON object.",
-            "Format the entire reply as JSON, in braces.",
-        ),
-        ("The whole output must be a JSON object.",),
+        "Give the answer as one JSON object.",
+        "Answer in JSON and write nothing else.",
+        "Write your answer as JSON.",
+        "Return only a JSON object.",
+        "Format the entire reply as JSON, in braces.",
+        "The whole output must be a JSON object.",
+        "Use the JSON format for your answer.",
+        "Wrap the entire answer in JSON.",
+        "Your answer should be valid JSON.",
+        "Please reply in JSON format.",
+        "I want the answer as a JSON object and nothing around it.",
+        "Output JSON only.",
+        "Put everything you say into one JSON object.",
     ),
     "detectable_format:title": (
-        (
-            "Give it a title in double angular brackets, such as <<my title>>.",
-            "Start with a title like <<this>>.",
-            "Write a title above it, wrapped like <<this title>>.",
-            "Put a heading in double angular brackets first, as in <<heading>>.",
-            "It needs a title, written as <<title>>.",
-        ),
-        ("The answer must contain a title in double angular brackets, i.e. <<title>>.",),
+        "Give it a title in double angular brackets, such as <<my title>>.",
+        "Start with a title like <<this>>.",
+        "Write a title above it, wrapped like <<this title>>.",
+        "Put a heading in double angular brackets first, as in <<heading>>.",
+        "It needs a title, written as <<title>>.",
+        "The answer must contain a title in double angular brackets, i.e. <<title>>.",
+        "Include a title wrapped in double angular brackets, such as <<a good title>>.",
+        "Your answer should have a title, for example <<the title>>.",
+        "Add a title in << and >>.",
+        "Begin with a title, such as <<what it is about>>.",
+        "There must be a title in double angular brackets: <<your title>>.",
+        "Find a title for your answer and write it like <<this>>.",
+        "Use double angular brackets for a title, like <<some title>>.",
     ),
     "combination:two_responses": (
-        (
-            "Give two different answers and put ****** between them.",
-            "Write one answer, then a line with ******, then another answer.",
-            "Answer twice, in different words, with ****** between the two answers.",
-            "Give me two answers. Separate them with six asterisks: ******",
-            "Write two versions and divide them with ******",
-        ),
-        ("I want two different versions, with ****** in between.",),
+        "Give two different answers and put ****** between them.",
+        "Write one answer, then a line with ******, then another answer.",
+        "Answer twice, in different words, with ****** between the two answers.",
+        "Give me two answers. Separate them with six asterisks: ******",
+        "Write two versions and divide them with ******",
+        "I want two different versions, with ****** in between.",
+        "Give two different responses, separated by six asterisks: ******",
+        "Your answer should have two versions. Put ****** between them.",
+        "Answer in two different ways, separated by ******",
+        "Write two different answers, with a line of ****** between the first and the second.",
+        "There should be two answers with ****** between them.",
+        "Make two different responses and separate them with ******",
     ),
     "combination:repeat_prompt": (
-        (
-            "First repeat the request above word for word, then answer it.",
-            "Before you answer, copy the request above without any change.",
-            "Copy the request above first, exactly as it is, and then give your answer.",
-            "Write the request above again, without changing a word, before your answer.",
-            "Say the request above again word by word, then answer.",
-        ),
-        ("Begin by repeating the request above exactly and then give the answer.",),
+        "First repeat the request above word for word, then answer it.",
+        "Before you answer, copy the request above without any change.",
+        "Copy the request above first, exactly as it is, and then give your answer.",
+        "Write the request above again, without changing a word, before your answer.",
+        "Say the request above again word by word, then answer.",
+        "Begin by repeating the request above exactly and then give the answer.",
+        "Repeat the request above without change, and then answer it.",
+        "First, write the request above once more exactly; then give your answer.",
+        "Your answer should begin with the request above, word for word.",
     ),
     "startend:end_checker": (
-        (
-            "End with the exact words: {phrase}",
-            "Your last words must be: {phrase}",
-            "Close your answer with these words: {phrase}",
-            "The last thing that you write must be: {phrase}",
-            "Put this at the very end: {phrase}",
-        ),
-        ("Finish by writing exactly this: {phrase}",),
+        'End with the exact words: "{phrase}"',
+        'Your last words must be: "{phrase}"',
+        'Close your answer with these words: "{phrase}"',
+        'The last thing that you write must be: "{phrase}"',
+        'Put this at the very end: "{phrase}"',
+        'Finish by writing exactly this: "{phrase}"',
+        'Finish your answer with this exact phrase: "{phrase}"',
+        'At the end, write: "{phrase}"',
+        'Your answer should end with: "{phrase}"',
+        'Let the answer end with these words: "{phrase}"',
+        'The final words should be: "{phrase}"',
+        'End your answer with this sentence: "{phrase}"',
+        'No words may follow this phrase at the end: "{phrase}"',
     ),
     "change_case:capital_word_frequency": (
-        (
-            "Write {relation} {n} words in ALL CAPITALS.",
-            "Use {relation} {n} words in capital letters.",
-            "Put {relation} {n} words in ALL CAPS.",
-            "There should be {relation} {n} words that are all CAPITALS.",
-            "WRITE {relation} {n} words LIKE THIS.",
-        ),
-        ("Let {relation} {n} words be in CAPITALS.",),
+        "Write {relation} {n} words in ALL CAPITALS.",
+        "Use {relation} {n} words in capital letters.",
+        "Put {relation} {n} words in ALL CAPS.",
+        "There should be {relation} {n} words that are all CAPITALS.",
+        "WRITE {relation} {n} words LIKE THIS.",
+        "Let {relation} {n} words be in CAPITALS.",
+        "Your answer should have {relation} {n} words in ALL CAPITAL letters.",
+        "In the answer, {relation} {n} words should be in CAPITAL LETTERS.",
+        "I want {relation} {n} words to be in ALL CAPS.",
     ),
     "change_case:english_capital": (
-        (
-            "Answer in English and in capital letters only.",
-            "Write everything in CAPITAL letters, in English.",
-            "Your English answer should be in ALL CAPS.",
-            "Use only capital letters and English.",
-            "SHOUT: English, all in capital letters.",
-        ),
-        ("USE CAPITAL LETTERS FOR THE WHOLE ENGLISH ANSWER.",),
+        "Answer in English and in capital letters only.",
+        "Write everything in CAPITAL letters, in English.",
+        "Your English answer should be in ALL CAPS.",
+        "Use only capital letters and English.",
+        "SHOUT: English, all in capital letters.",
+        "USE CAPITAL LETTERS FOR THE WHOLE ENGLISH ANSWER.",
+        "Your entire answer should be in English and in all capital letters.",
+        "I want an English answer in CAPITAL LETTERS only.",
+        "Write the whole answer in English with every letter in capitals.",
     ),
     "change_case:english_lowercase": (
-        (
-            "Answer in English and in lowercase letters only.",
-            "Use no capital letters, only lowercase English.",
-            "Your English answer must have no capital letters.",
-            "Keep every letter small (lowercase), in English.",
-            "Use lowercase for all letters, even the first, in English.",
-        ),
-        ("write the whole english answer in lowercase.",),
+        "Answer in English and in lowercase letters only.",
+        "Use no capital letters, only lowercase English.",
+        "Your English answer must have no capital letters.",
+        "Keep every letter small (lowercase), in English.",
+        "Use lowercase for all letters, even the first, in English.",
+        "write the whole english answer in lowercase.",
+        "Your entire answer should be in English and in all lowercase letters.",
+        "No capital letters are allowed, and the answer must be in English.",
+        "I want an English answer in lowercase letters only.",
+        "write in english, and use lowercase only.",
     ),
     "punctuation:no_comma": (
-        (
-            "Do not use any commas.",
-            "Use no commas in your answer.",
-            "Avoid commas.",
-            "Commas are forbidden.",
-            "Write it without a comma.",
-            "Leave out all commas.",
-        ),
-        (
-            "Answer without commas.",
-            "There must be no comma in the answer.",
-        ),
+        "Do not use any commas.",
+        "Use no commas in your answer.",
+        "Avoid commas.",
+        "Commas are forbidden.",
+        "Write it without a comma.",
+        "Leave out all commas.",
+        "Answer without commas.",
+        "There must be no comma in the answer.",
+        "Do not put any commas in your answer.",
+        "No commas, please.",
+        "Your answer should not contain a comma.",
+        "I do not want to see any commas.",
+        "Commas are not allowed.",
+        "Refrain from the use of commas.",
+        "Keep commas out of it.",
     ),
     "startend:quotation": (
-        (
-            "Put the whole answer in double quotation marks.",
-            'Wrap your answer in "quotation marks".',
-            "Start and end your answer with a double quotation mark.",
-            "Everything you write must be inside double quotation marks.",
-            'Give the answer as a quote: "like this".',
-        ),
-        ('Your whole answer should be a "quotation" in double quotes.',),
+        "Put the whole answer in double quotation marks.",
+        'Wrap your answer in double "quotation marks".',
+        "Start and end your answer with a double quotation mark.",
+        "Everything you write must be inside double quotation marks.",
+        'Give the answer as a quote: "like this".',
+        'Your whole answer should be a "quotation" in double quotes.',
+        "Wrap your entire answer with double quotation marks.",
+        "The answer must be inside double quotation marks.",
+        "Your answer begins and ends with double quotation marks.",
+        'Use double quotation marks around the whole answer, "like so".',
+        "Write the answer between double quotes.",
+        "I want the whole answer in double quotes.",
+        "Put double quotation marks before and after your answer.",
     ),
 }
 
@@ -757,15 +878,22 @@ CONFLICTS = {
         "change_case:english_capital",  # "Section" is written so
         "change_case:english_lowercase",
     },
-    "startend:quotation": {"length_constraints:nth_paragraph_first_word"},
-    "combination:repeat_prompt": {"punctuation:no_comma"},  # a request may have one
+    "startend:quotation": {
+        "length_constraints:nth_paragraph_first_word",
+        "detectable_format:number_bullet_lists",  # the first line begins with the quotation mark
+    },
+    "combination:repeat_prompt": {
+        "punctuation:no_comma",  # a request may have one
+        "detectable_format:title",  # both want the first line
+    },
+    "detectable_format:title": {"length_constraints:nth_paragraph_first_word"},
     "startend:end_checker": {"detectable_content:postscript"},  # both want the last line
+    "change_case:english_lowercase": {"startend:end_checker", "detectable_content:postscript"},
+    "keywords:letter_frequency": {"startend:end_checker", "detectable_format:multiple_sections"},
 }
 
 
 def can_stand_together(kind: str, other: str) -> bool:
-    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_CONFLICTS
-
     for table in (INSTRUCTION_CONFLICTS, CONFLICTS):
         if other in table.get(kind, ()) or kind in table.get(other, ()):
             return False
@@ -790,11 +918,11 @@ class Part:
     """Topics and phrases of the training rows, or of the held-out ones."""
 
     topics: list[Topic]
-    requests: tuple[str, ...]
-    questions: tuple[str, ...]
-    end_phrases: tuple[str, ...]
-    first_words: tuple[str, ...]
-    phrase_set: int  # 0 or 1, which phrases of PHRASES
+    requests: list[str]
+    questions: list[str]
+    end_phrases: list[str]
+    first_words: list[str]
+    phrases: dict[str, list[str]]
 
 
 def lines_of(text: str) -> list[list[str]]:
@@ -811,7 +939,8 @@ def read_topics(text: str, foreign: str) -> list[Topic]:
     for words, names in lines_of(SORTS):
         for topic in topics:
             if topic.language == "en" and topic.name in names.split(", "):
-                topic.words += [word for word in words.split() if word not in topic.words]
+                more = [word for word in words.split() if word not in EMPTY_WORDS + topic.words]
+                topic.words += more
     return topics
 
 
@@ -819,11 +948,14 @@ def joined(words: list[str]) -> str:
     return " and ".join(words)
 
 
+NOUNS = "placeholder|blank|thing|field|place|part|phrase|section"  # "1 place", but "2 places"
+
+
 def make_instruction(
     kind: str, topic: Topic, request: str, part: Part, draw: random.Random
 ) -> tuple[str, dict]:
     """(an instruction's text, the arguments of its checker)."""
-    phrase = draw.choice(PHRASES[kind][part.phrase_set])
+    phrase = draw.choice(part.phrases[kind])
     relation = draw.choice(("at least", "less than"))
     spoken = {"relation": relation.replace("less", "fewer")}
     n = draw.randint(2, 3)
@@ -833,7 +965,7 @@ def make_instruction(
         arguments = {"keywords": words}
         spoken["words"] = joined(words)
         if len(words) == 1:
-            phrase = phrase.replace("the words", "the word")
+            phrase = phrase.replace("words {words}", "word {words}")
     elif kind == "keywords:frequency":
         word = draw.choice(topic.whole_words[:4])
         arguments = {"keyword": word, "frequency": n, "relation": "at least"}
@@ -854,7 +986,7 @@ def make_instruction(
     elif kind == "length_constraints:number_paragraphs":
         arguments = {"num_paragraphs": n}
     elif kind == "length_constraints:number_words":
-        n = 5 * (draw.randint(3, 6) if relation == "at least" else draw.randint(2, 4))
+        n = 5 * (draw.randint(3, 6) if relation == "at least" else draw.randint(3, 5))
         arguments = {"num_words": n, "relation": relation}
     elif kind == "length_constraints:nth_paragraph_first_word":
         nth = draw.randint(1, n)
@@ -885,7 +1017,8 @@ def make_instruction(
         spoken["phrase"] = ending
     elif kind == "change_case:capital_word_frequency":
         arguments = {"capital_frequency": n, "capital_relation": relation}
-    return phrase.format(n=n, **spoken), arguments
+    text = phrase.format(n=n, **spoken)
+    return re.sub(rf"\b1 ({NOUNS})s\b", r"1 \1", text), arguments
 
 
 def choose(kinds: list[str], draw: random.Random) -> str:
@@ -918,15 +1051,19 @@ def make_row(part: Part, kinds: list[str], draw: random.Random) -> dict:
         text, arguments = make_instruction(kind, topic, request, part, draw)
         texts.append(text)
         all_arguments.append(arguments)
-    prompt = " ".join(texts)
+    prompt = texts[0]
+    for before, text in zip(texts, texts[1:]):
+        # What ends in a sign that is asked for, such as ***, ends its line.
+        prompt += (" " if before[-1] in '.!?"' else "\n") + text
     words = topic.words
-    if is_foreign:  # their words have many endings
-        words = [word + "-" for word in words]
+    if is_foreign:  # their words have many endings; short ones would begin other words too
+        words = [word + "-" if len(word) > 4 else word for word in words]
+    asked = re.findall(r"\w+", prompt.lower())
     return {
         "prompt": prompt,
         "instruction_id_list": chosen,
         "kwargs": all_arguments,
-        "topic": [word for word in words if word.rstrip("-") not in prompt.lower()],
+        "topic": [word for word in words if not any(is_form_of(word, a) for a in asked)],
     }
 
 
@@ -940,24 +1077,25 @@ def make_rows(part: Part, kinds: list[str], count: int, first_key: int, seed: st
     return list(rows.values())
 
 
+def split(texts: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """(training, held out): a third is held out, drawn by chance, and the same in every call."""
+    held_out = random.Random(repr(texts)).sample(texts, len(texts) // 3)
+    return [text for text in texts if text not in held_out], held_out
+
+
 def parts() -> tuple[Part, Part]:
     """(training, held out)."""
-    train = Part(
-        read_topics(TRAIN_TOPICS, FOREIGN_TRAIN_TOPICS),
-        TRAIN_REQUESTS,
-        TRAIN_QUESTIONS,
-        TRAIN_END_PHRASES,
-        TRAIN_FIRST_WORDS,
-        0,
-    )
-    held_out = Part(
-        read_topics(EVAL_TOPICS, FOREIGN_EVAL_TOPICS),
-        EVAL_REQUESTS,
-        EVAL_QUESTIONS,
-        EVAL_END_PHRASES,
-        EVAL_FIRST_WORDS,
-        1,
-    )
+    topics = (TRAIN_TOPICS, FOREIGN_TRAIN_TOPICS), (EVAL_TOPICS, FOREIGN_EVAL_TOPICS)
+    lists = [split(texts) for texts in (REQUESTS, QUESTIONS, END_PHRASES, FIRST_WORDS)]
+    phrases = {kind: split(texts) for kind, texts in PHRASES.items()}
+    train, held_out = [
+        Part(
+            read_topics(*topics[i]),
+            *[texts[i] for texts in lists],
+            {kind: texts[i] for kind, texts in phrases.items()},
+        )
+        for i in (0, 1)
+    ]
     return train, held_out
 
 

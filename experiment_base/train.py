@@ -375,7 +375,8 @@ def sequences_log_probs(model, micro_batch: MicroBatch, config: Config) -> torch
         return log_probs.gather(completion_ids)                      # (completion,)
 
     Less work: a row holds a group, packed. Less memory: only hidden states that predict a sampled
-    token go through the output head, in chunks that the backward pass computes again.
+    token go through the output head, and where they are many, in chunks that the backward pass
+    computes again.
     """
     base = unwrap(model)
     with autocast(config, model.device):
@@ -394,6 +395,8 @@ def sequences_log_probs(model, micro_batch: MicroBatch, config: Config) -> torch
         hidden = hidden.index_select(0, micro_batch.predicted_from)  # (sampled, hidden size)
         vocabulary = base.config.get_text_config().vocab_size
         chunk = max(1, 2**26 // vocabulary)  # tokens at once: 256 MB of float32 logits
+        if len(hidden) <= chunk:  # a single one keeps its logits: the backward pass begins with it
+            return token_log_probs(base, hidden, micro_batch.targets, config.temperature)
         log_probs = []
         for states, targets in zip(hidden.split(chunk), micro_batch.targets.split(chunk)):
             arguments = (base, states, targets, config.temperature)

@@ -1,15 +1,16 @@
 """Sampling on a CUDA device. Plumbing, the same in every experiment.
 
-It returns what the loop in sampling.py returns: equal tokens for equal seeds, up to rounding. There
-each token takes one to three thousand kernel launches, and the GPU waits for Python most of the
-time. Here the forward of one token is recorded once, as a CUDA graph, and replayed:
+It draws what the loop in sampling.py draws, from equal random numbers. (Log-probs differ by
+rounding. In half precision that may turn a draw, and then the rest of that completion differs.)
+There each token takes one to three thousand kernel launches, and the GPU waits for Python most of
+the time. Here the forward of one token is recorded once, as a CUDA graph, and replayed:
 
     weights       one set, in the precision of the products; LoRA's B A is added to W in float32
     KV cache      has its full size from the start, and a token is written into the next column,
                   because a graph finds its tensors where they were when it was recorded
-    blocks        every 128 tokens, and where half of the rows have ended, completions that have
-                  ended leave, and the forward is recorded again: for the rows that are left, and
-                  the columns in use by the block's end
+    blocks        completions that have ended leave only now and then: every 128 tokens, or once
+                  half have ended. Then the forward is recorded again, for the rows that are left
+                  and for the columns that will be in use 128 tokens later
 """
 
 from contextlib import nullcontext
@@ -27,7 +28,7 @@ BLOCK = 128  # tokens
 
 
 def can_capture(policy, config) -> bool:
-    """Whether the policy is on a CUDA device, and attends to all earlier tokens with a mask."""
+    """Whether the policy is on a CUDA device, not in 4 bits, and attends to all earlier tokens."""
     if policy.device.type != "cuda" or config.load_in_4bit:
         return False
     return can_pack(unwrap(policy).config, config.max_length)
@@ -174,8 +175,8 @@ class Decoder:
         for layer in self.cache.layers:
             layer.begin_block(row_of, self.column, width)
         dtype = self.cache.layers[0].keys.dtype
-        hidden = (self.mask[:, None, None, :width] == 0).to(dtype)  # (rows, 1, 1, width)
-        self.attention_mask = hidden * torch.finfo(dtype).min
+        is_hidden = (self.mask[:, None, None, :width] == 0).to(dtype)  # (rows, 1, 1, width)
+        self.attention_mask = is_hidden * torch.finfo(dtype).min
 
     def forward(self, row_of, tokens):
         """Log-probs of the next token, (rows, vocabulary). Rows not in row_of have ended."""

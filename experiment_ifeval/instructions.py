@@ -6,8 +6,8 @@ is what a training needs around them: rows that are checked before anything is l
 to judge, and words that tell an answer from an evasion.
 
     strict    the answer as it is
-    loose     any of eight versions: without its first line, its last one, both, and each of these
-              without asterisks. A model that says "Sure, here it is:" first is forgiven.
+    loose     any of eight versions: the answer, or the answer without its first line, its last or
+              both; each with and without asterisks. "Sure, here it is:" is forgiven.
 """
 
 import logging
@@ -28,7 +28,7 @@ except ImportError as error:
 langdetect.DetectorFactory.seed = 0  # else it draws, and its verdicts differ from call to call
 logging.getLogger().addFilter(lambda record: "Unable to detect language" not in str(record.msg))
 
-LEAST_WORDS = 6  # an answer of fewer is not on topic
+LEAST_WORDS = 6  # an answer of fewer is not on topic; no prompt asks for fewer than 15
 # These count sentences, or words in capitals, with nltk's sentence data, which is a download.
 SENTENCE_KINDS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 SENTENCE_DATA = "tokenizers/punkt_tab/english/"
@@ -166,9 +166,9 @@ def is_followed(checker, answer: str) -> bool:
 def is_on_topic(answer: str, task: Task) -> bool:
     """Whether an answer has LEAST_WORDS words, and one of them is a word of task.topic.
 
-    None of these stands in the prompt. So it is not enough to repeat the prompt, and "I'm ready to
-    help with your text about honey bees." has none. Rows of google/IFEval name no words of a topic;
-    there the length alone decides.
+    No form of these stands in the prompt. So it is not enough to repeat the prompt, and "I'm ready
+    to help with your text about honey bees." has none. Rows of google/IFEval name no words of a
+    topic; there the length alone decides.
     """
     words = re.findall(r"\w+", answer.lower())
     if len(words) < LEAST_WORDS:
@@ -186,4 +186,7 @@ def is_form_of(entry: str, word: str) -> bool:
     forms = [entry + ending for ending in endings]
     if entry.endswith("e"):
         forms += [entry[:-1] + ending for ending in endings[2:]]  # bake: baked, baking, baker
+    if entry.endswith("y"):
+        forms += [entry[:-1] + ending for ending in ("ies", "ied")]  # fly: flies
+    forms += [entry + entry[-1:] + ending for ending in endings[3:]]  # swim: swimming, swimmer
     return word in forms

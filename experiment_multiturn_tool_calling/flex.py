@@ -2,8 +2,9 @@
 
 Plumbing, the same in every experiment. In a row of eight completions most pairs of tokens belong to
 two completions, and torch's usual attention computes their scores for nothing. flex_attention is
-compiled for a mask (20 s, once a run), and leaves out its blocks of 128 x 128 tokens of which none
-is seen. Everything else goes to torch's usual attention: sampling, and rows of one completion.
+compiled once a run, which takes 20 s. It skips each block of 128 queries x 128 keys in which no
+query sees a key. Everything else goes to torch's usual attention: sampling, and rows of one
+completion.
 """
 
 import torch
@@ -31,9 +32,9 @@ def attend(module, query, key, value, attention_mask, scaling=None, **arguments)
     if not is_of_packed_rows(attention_mask):
         arguments["scaling"] = scaling
         return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
-    if not hasattr(attention_mask, "blocks"):  # every layer gets the same mask
+    if not hasattr(attention_mask, "blocks"):  # every layer is given this very tensor
         attention_mask.blocks = block_mask(attention_mask)
-    # Its own way to share key-value heads has a backward pass that is three times slower.
+    # flex_attention's own way, enable_gqa, has a backward pass that is three times slower.
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     output = compiled(query, key, value, block_mask=attention_mask.blocks, scale=scaling)

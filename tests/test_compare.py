@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import POLICY, ROOT, load_experiment
@@ -215,3 +216,10 @@ def test_the_notebook_is_committed_without_outputs():
     notebook = json.loads((ROOT / "notebooks" / "compare_models.ipynb").read_text())
     for cell in notebook["cells"]:
         assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("output", ["a/step.64", "a/step.64.md", "a/step.64.png"])
+def test_a_dot_in_the_name_of_the_output_stays(output):
+    """Bug: step.64 and step.32 are both written into step.md."""
+    names = [path.as_posix() for path in compare.paths_of(Path(output))]
+    assert names == ["a/step.64.md", "a/step.64.json", "a/step.64.png"]

@@ -3,6 +3,7 @@ model where there is one."""
 
 import importlib.util
 import json
+import re
 import math
 import sys
 from collections import Counter
@@ -359,6 +360,7 @@ EVASIONS = [
     "Let me know if you have any questions, and I will do my best.",
     "This is a sentence that follows all of the instructions given.",
     "Sure, I can do that for you right away.",
+    "What is your favorite one? I will help you through it in the best way.",
 ]
 
 
@@ -550,8 +552,10 @@ def test_what_the_data_promises():
         assert len({row["prompt"] for row in part}) == len(part)
         for row in part:
             instructions.make_task("here", row)
-            assert len(row["topic"]) >= 6
-            assert not [word for word in row["topic"] if word in row["prompt"].lower()]
+            assert len(row["topic"]) >= 5
+            asked = re.findall(r"\w+", row["prompt"].lower())
+            for word in row["topic"]:
+                assert not any(instructions.is_form_of(word, other) for other in asked)
             for kind in row["instruction_id_list"]:
                 for other in set(row["instruction_id_list"]) - {kind}:
                     assert make_ifeval.can_stand_together(kind, other)
@@ -560,8 +564,10 @@ def test_what_the_data_promises():
     assert not topics[0] & topics[1]
     for field in ("requests", "questions", "end_phrases", "first_words"):
         assert not set(getattr(train_part, field)) & set(getattr(held_out, field))
-    for phrases in make_ifeval.PHRASES.values():
-        assert not set(phrases[0]) & set(phrases[1])
+    for kind in make_ifeval.PHRASES:
+        phrases = [set(part.phrases[kind]) for part in (train_part, held_out)]
+        assert len(phrases[0]) >= 5 and len(phrases[1]) >= 2
+        assert not phrases[0] & phrases[1]
 
 
 # ---------------------------------------------------------------- google/IFEval itself
@@ -627,9 +633,9 @@ def test_a_step_of_the_real_model(tmp_path):
         log_dir=str(tmp_path / "runs"),
         checkpoint_path=str(tmp_path / "o"),
         max_steps=1,
-        rollouts_per_step=2,
+        rollouts_per_step=4,
         group_size=4,
-        train_batch_size=8,
+        train_batch_size=16,
         max_new_tokens=16,
         max_eval_prompts=4,
         honest=False,  # an untrained model seldom earns anything else in so few tokens

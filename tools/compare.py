@@ -8,8 +8,9 @@ the experiment's own, such as --eval-data-path, --max-eval-prompts, --temperatur
 What counts as right is what the experiment's `evaluate` calls accuracy, of one completion.
 
     accuracy    of greedy answers, with Wilson's 95 % interval
-    McNemar     the exact paired test of a model against the first one: the probability that chance
-                alone parts them so far on the prompts which only one of the two answers rightly
+    p           McNemar's exact paired test of a model against the first one: the probability that
+                chance alone parts them at least this far on the prompts which only one of the two
+                answers rightly
     pass@k      the chance that of k sampled answers one is right, by the unbiased estimator of
                 arXiv 2107.03374, averaged over prompts. A trained model that is better at k = 1,
                 and no better at the largest k, has become surer of what the first one could do too
@@ -20,6 +21,7 @@ Writes <output>.md, <output>.json and <output>.png. Needs matplotlib (requiremen
 import contextlib
 import gc
 import importlib
+import inspect
 import io
 import json
 import math
@@ -105,11 +107,10 @@ def judge_model(train, config, samples: int) -> dict:
     evaluate = train.evaluate
     found = {}
 
-    def evaluate_and_keep(*arguments):
-        place = [isinstance(a, list) and a[0].__class__.__name__ == "Prompt" for a in arguments]
-        place = place.index(True)  # of the prompts
-        prompts = arguments[place]
-        tokenizer = [a for a in arguments if hasattr(a, "apply_chat_template")][0]
+    def evaluate_and_keep(*given):
+        arguments = inspect.signature(evaluate).bind(*given).arguments  # name -> value
+        prompts = arguments["prompts"]
+        tokenizer = arguments["tokenizer"]
 
         def experiences_of(group_size: int) -> tuple[list, dict]:
             """(those of the first call of rollout, what evaluate returns)."""
@@ -120,20 +121,19 @@ def judge_model(train, config, samples: int) -> dict:
                 if group_size > 1:
                     key = ("compare", config.seed)
                     generator = train.make_generator(policy.device, *key)
-                arguments = (policy, tokenizer, prompts, group_size, config, generator)
                 if group_size > 1 and calls:
                     return calls[0]  # sampled once, whatever evaluate asks for
-                calls.append(rollout(*arguments, **more))
+                sampled = (policy, tokenizer, prompts, group_size, config, generator)
+                calls.append(rollout(*sampled, **more))
                 return calls[-1]
 
             train.rollout = keep
-            evaluation = evaluate(*arguments)
+            evaluation = evaluate(**arguments)
             return calls[0], evaluation
 
         def is_right(prompt, experience) -> bool:
             train.rollout = lambda *_, **__: [experience]
-            given = [*arguments[:place], [prompt], *arguments[place + 1 :]]
-            return evaluate(*given)["eval_accuracy"] == 1
+            return evaluate(**{**arguments, "prompts": [prompt]})["eval_accuracy"] == 1
 
         greedy, evaluation = experiences_of(1)
         found["evaluation"] = evaluation
@@ -337,18 +337,27 @@ def plot(results: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def paths_of(output: Path) -> list[Path]:
+    """The three files: "a/step.64" and "a/step.64.md" are both a/step.64.md, .json and .png."""
+    suffixes = (".md", ".json", ".png")
+    if output.suffix in suffixes:
+        output = output.with_suffix("")
+    return [output.with_name(output.name + suffix) for suffix in suffixes]
+
+
 def main(options: Options, flags: list[str]) -> None:
-    for suffix in (".md", ".json", ".png"):
-        if options.output.with_suffix(suffix).is_dir():
-            fail(f"--output {options.output}: {options.output.with_suffix(suffix)} is a directory")
+    markdown, figures, picture = paths_of(options.output)
+    for path in (markdown, figures, picture):
+        if path.is_dir():
+            fail(f"--output {options.output}: {path} is a directory")
     results = compare(options, flags)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     text = to_markdown(results, options.shown)
-    options.output.with_suffix(".md").write_text(text, encoding="utf-8")
-    options.output.with_suffix(".json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    plot(results, options.output.with_suffix(".png"))
+    markdown.write_text(text, encoding="utf-8")
+    figures.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    plot(results, picture)
     print(text.split("\n## ")[0])
-    print(f"written: {options.output.with_suffix('.md')}, .json and .png")
+    print(f"written: {markdown}, .json and .png")
 
 
 if __name__ == "__main__":
