@@ -19,10 +19,13 @@ import tyro
 from base_curve import ROOT, plt, run_once
 from vs_trl import describe_machine
 
+EXPERIMENT = ROOT / "experiment_ifeval"
+sys.path.insert(0, str(EXPERIMENT))  # before this directory, which has a kv_cache.py too
 sys.path.append(str(ROOT / "tools"))
+import train  # noqa: E402
+from model import load_model, load_tokenizer  # noqa: E402
 from plot import series  # noqa: E402
 
-EXPERIMENT = ROOT / "experiment_ifeval"
 # Left out of one run, beside those that the default leaves out.
 UNSEEN = (
     "detectable_format:title",
@@ -64,18 +67,8 @@ def summarise(lines: list[dict]) -> dict:
     }
 
 
-def left_out_by_default() -> str:
-    sys.path.insert(0, str(EXPERIMENT))
-    import train
-
-    return train.Config.left_out_kinds
-
-
 def greedy_answers(model_name: str, count: int) -> list[dict]:
     """Greedy answers to the first held-out prompts, and what they are worth."""
-    import train
-    from model import load_model, load_tokenizer
-
     config = train.Config(model_name=model_name, precision="float32", kl_weight=0, lora_rank=0)
     tokenizer = load_tokenizer(config)
     _, prompts = train.read_prompts(config, tokenizer)
@@ -122,7 +115,7 @@ def main(config: Config) -> None:
     first = config.seeds[0]
     plan = {f"seed_{seed}": ["--seed", str(seed)] for seed in config.seeds}
     plan["gamed"] = ["--seed", str(first), "--no-honest"]
-    left_out = ",".join([left_out_by_default(), *UNSEEN])
+    left_out = ",".join([train.Config.left_out_kinds, *UNSEEN])
     plan["unseen_kinds"] = ["--seed", str(first), "--left-out-kinds", left_out]
     runs = {}
     summaries = {}

@@ -30,8 +30,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, **arguments)
     Returns (rows, tokens, heads, head size), and None for the attention weights.
     """
     if not is_of_packed_rows(attention_mask):
-        arguments["scaling"] = scaling
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+        tensors = (query, key, value, attention_mask)
+        return sdpa_attention_forward(module, *tensors, scaling=scaling, **arguments)
     if not hasattr(attention_mask, "blocks"):  # every layer is given this very tensor
         attention_mask.blocks = block_mask(attention_mask)
     # flex_attention's own way, enable_gqa, has a backward pass that is three times slower.
