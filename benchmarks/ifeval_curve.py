@@ -11,6 +11,7 @@ results/ifeval_curve.png. Runs that are complete under --log-dir are not repeate
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +47,34 @@ class Config:
     results: Path = ROOT / "results"
 
 
-def summarise(lines: list[dict]) -> dict:
-    """What the held-out figures were and became, and what the training took."""
+def count_kinds() -> Counter:
+    """How many held-out instructions there are of each kind."""
+    counts = Counter()
+    for line in (ROOT / "data" / "ifeval_eval.jsonl").read_text().splitlines():
+        counts.update(json.loads(line)["instruction_id_list"])
+    return counts
+
+
+def followed(line: dict, kinds: set[str], counts: Counter) -> float:
+    """Of the held-out instructions of these kinds, the share that is followed."""
+    right = sum(counts[kind] * line[f"eval_kind/{kind}"] for kind in kinds)
+    return right / sum(counts[kind] for kind in kinds)
+
+
+def summarise(lines: list[dict], left_out: set[str]) -> dict:
+    """What the held-out figures were and became, and what the training took.
+
+    left_out: the kinds that were not trained on.
+    """
     before = lines[0]
     after = lines[-1]
     figures = {}
     for name in before:
         if name.startswith("eval_") and name != "eval_count":
             figures[name] = [before[name], after[name]]
+    counts = count_kinds()
+    for name, kinds in (("trained_kinds", set(counts) - left_out), ("left_out_kinds", left_out)):
+        figures[name] = [followed(before, kinds, counts), followed(after, kinds, counts)]
     in_training = {}
     for name in STEP:
         in_training[name] = [line[name] for line in lines[1:]]
@@ -115,13 +136,14 @@ def main(config: Config) -> None:
     first = config.seeds[0]
     plan = {f"seed_{seed}": ["--seed", str(seed)] for seed in config.seeds}
     plan["gamed"] = ["--seed", str(first), "--no-honest"]
-    left_out = ",".join([train.Config.left_out_kinds, *UNSEEN])
-    plan["unseen_kinds"] = ["--seed", str(first), "--left-out-kinds", left_out]
+    default = train.Config.left_out_kinds.split(",")
+    plan["unseen_kinds"] = ["--seed", str(first), "--left-out-kinds", ",".join([*default, *UNSEEN])]
     runs = {}
     summaries = {}
     for name, flags in plan.items():
         runs[name] = run_once(name, flags, config, EXPERIMENT)
-        summaries[name] = summarise(runs[name])
+        left_out = {*default, *UNSEEN} if name == "unseen_kinds" else set(default)
+        summaries[name] = summarise(runs[name], left_out)
         figures = {key: summaries[name][key] for key in PRINTED}
         gains = [f"{key} {before:.3f} -> {after:.3f}" for key, (before, after) in figures.items()]
         print(f"{name}: {', '.join(gains)}", flush=True)

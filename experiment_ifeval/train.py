@@ -170,7 +170,7 @@ class Config:
 
     # Stop after this many; 0 only evaluates. This many take 25 minutes on two cores, and answers
     # still become better then.
-    max_steps: OptionalInt = 30
+    max_steps: OptionalInt = 32
     # Passes over the prompts.
     epochs: PositiveInt = 1
     # Passes over a step's completions. Higher: more updates from the same samples, further

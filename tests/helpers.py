@@ -3,6 +3,7 @@ small models of the real architectures, tokenizers."""
 
 import importlib
 import sys
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,14 +25,28 @@ def load_experiment(name: str = "experiment_base") -> SimpleNamespace:
 
 @cache
 def import_modules(name: str) -> SimpleNamespace:
+    names = [module for module in MODULES if (ROOT / name / f"{module}.py").exists()]
+    with without_modules():
+        sys.path.insert(0, str(ROOT / name))
+        return SimpleNamespace(**{module: importlib.import_module(module) for module in names})
+
+
+def load_benchmark(name: str):
+    """A script of benchmarks/ as a module."""
+    with without_modules():
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        return importlib.import_module(name)
+
+
+@contextmanager
+def without_modules():
     """Every experiment has a `train`, so none may stay in sys.modules."""
     saved = {module: sys.modules.pop(module) for module in MODULES if module in sys.modules}
-    sys.path.insert(0, str(ROOT / name))
+    path = list(sys.path)
     try:
-        names = [module for module in MODULES if (ROOT / name / f"{module}.py").exists()]
-        return SimpleNamespace(**{module: importlib.import_module(module) for module in names})
+        yield
     finally:
-        sys.path.remove(str(ROOT / name))
+        sys.path[:] = path
         for module in MODULES:
             sys.modules.pop(module, None)
         sys.modules.update(saved)

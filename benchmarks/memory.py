@@ -1,0 +1,531 @@
+"""Does it fit? The peak memory of experiment_base on a GPU, computed without one.
+
+    python benchmarks/memory.py                       # the table of README, "What fits"
+    python benchmarks/memory.py --model-name Qwen/Qwen2.5-1.5B-Instruct --lora-rank 16 --card 24
+    python benchmarks/memory.py --measured            # held against what a card has shown
+
+The real code runs (load_model, sequences_log_probs, GRPOLoss, sample_captured) on fake tensors,
+which have shapes but no memory, and every allocation is counted for as long as it lives. What a
+GPU does otherwise than a CPU is put in its place: memory-efficient attention, 4-bit weights, the
+optimizer's state.
+
+The figures are PyTorch's own (`torch.cuda.max_memory_allocated`), with groups of 8, full-length
+completions that part at once, and KL 0.01 (in full training the reference is a second model). CUDA
+itself takes about 1 GiB more, and about a tenth is lost between allocations: "fits" counts both.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+import torch
+import transformers
+import tyro
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiment_base"))
+import captured  # noqa: E402
+import kv_cache  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
+
+GIB = 2**30
+GRANULE = 512  # bytes; PyTorch's allocator rounds up to them
+# Published shapes: architecture, hidden size, intermediate size, layers, heads, key-value heads,
+# head size, vocabulary, whether the output head is the embedding.
+SHAPES = {
+    "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2", 896, 4864, 24, 14, 2, 64, 151_936, True),
+    "Qwen/Qwen2.5-1.5B-Instruct": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151_936, True),
+    "Qwen/Qwen2.5-3B-Instruct": ("qwen2", 2048, 11008, 36, 16, 2, 128, 151_936, True),
+    "Qwen/Qwen2.5-7B-Instruct": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152_064, False),
+    "Qwen/Qwen3-0.6B": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True),
+    "Qwen/Qwen3-1.7B": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True),
+    "Qwen/Qwen3-4B": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151_936, True),
+    "meta-llama/Llama-3.2-1B-Instruct": ("llama", 2048, 8192, 16, 32, 8, 64, 128_256, True),
+    "meta-llama/Llama-3.2-3B-Instruct": ("llama", 3072, 8192, 28, 24, 8, 128, 128_256, True),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", 576, 1536, 30, 9, 3, 64, 49_152, True),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("llama", 2048, 8192, 24, 32, 32, 64, 49_152, True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The constants of experiment_base that memory depends on."""
+
+    model_name: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    lora_rank: int = 0
+    load_in_4bit: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    gradient_checkpointing: bool = False
+    kl_weight: float = 0.01
+    group_size: int = 8
+    max_new_tokens: int = 512
+    micro_batch_tokens: int = 4096
+    sample_rows: int = 64
+    # Of the longest prompt.
+    prompt_tokens: int = 150
+    # float32: as on a CPU.
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def config(self) -> train.Config:
+        values = {name: value for name, value in vars(self).items() if name != "prompt_tokens"}
+        config = train.Config(**values)
+        config.max_length = self.prompt_tokens + self.max_new_tokens
+        return config
+
+
+@dataclass(frozen=True)
+class Options(Case):
+    # A name of the table, a directory or a name on the hub. Default: the table of all.
+    model_name: str | None = None
+    # GiB. Suggests the largest micro_batch_tokens and sample_rows that fit.
+    card: float | None = None
+    # Only hold the estimates against results/memory_h100.json.
+    measured: bool = False
+    # Only hold the method against the resident memory of small models on this CPU.
+    resident: bool = False
+
+
+def model_config_of(name: str):
+    """The shape of a model: of the table, else of its directory or of the hub."""
+    if name not in SHAPES:
+        return transformers.AutoConfig.from_pretrained(name)
+    shape = SHAPES[name]
+    kind, hidden, intermediate, layers, heads, key_value_heads, size, vocabulary, tied = shape
+    return transformers.AutoConfig.for_model(
+        kind,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=size,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        max_position_embeddings=32_768,
+    )
+
+
+# ---------------------------------------------------------------- counting
+class Counter(TorchDispatchMode):
+    """The bytes of all storages that are alive, and the most that were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.sizes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, FakeTensor):
+                self.see(tensor.untyped_storage())
+        return output
+
+    def see(self, storage) -> None:
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        self.sizes[key] = -(-storage.nbytes() // GRANULE) * GRANULE
+        self.now += self.sizes[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+    def take_peak(self) -> int:
+        gc.collect()
+        peak = self.peak
+        self.peak = self.now
+        return peak
+
+
+# ---------------------------------------------------------------- what a GPU does otherwise
+class EfficientAttention(torch.autograd.Function):
+    """What torch's memory-efficient attention allocates and keeps for the backward pass."""
+
+    @staticmethod
+    def forward(context, query, key, value, mask):
+        rows, heads, tokens, _ = query.shape
+        if mask is not None and mask.shape[-1] % 8:  # the kernel wants rows of 16 bytes: a copy
+            mask = torch.nn.functional.pad(mask, (0, 8 - mask.shape[-1] % 8))
+        output = torch.empty_like(query)
+        sums = query.new_empty(rows, heads, -(-tokens // 32) * 32, dtype=torch.float32)
+        context.save_for_backward(query, key, value, mask, output, sums)
+        return output
+
+    @staticmethod
+    def backward(context, gradient):
+        query, key, value, mask, output, sums = context.saved_tensors
+        gradient = gradient.contiguous()
+        delta = sums.new_empty(sums.shape)
+        result = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None)
+        del delta
+        return result
+
+
+def efficient_attention(query, key, value, attn_mask=None, **_):
+    return EfficientAttention.apply(query, key, value, attn_mask)
+
+
+class Linear4bit(torch.nn.Linear):
+    """The memory of bitsandbytes' nf4 layer with doubly quantised scales."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        count = linear.weight.numel()
+        self.half = torch.bfloat16
+        packed = torch.empty(count // 2, 1, dtype=torch.uint8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        self.scales = torch.empty(count // 64, dtype=torch.uint8)  # of blocks of 64
+        self.bias = linear.bias
+
+    def forward(self, hidden):
+        return Product4bit.apply(hidden.to(self.half), self)
+
+
+class Product4bit(torch.autograd.Function):
+    """The weights are unpacked for the product, and once more for its backward pass."""
+
+    @staticmethod
+    def forward(context, hidden, layer):
+        context.layer = layer
+        weight = torch.empty(layer.out_features, layer.in_features, dtype=hidden.dtype)
+        output = torch.nn.functional.linear(hidden, weight)
+        return output if layer.bias is None else output + layer.bias.to(hidden.dtype)
+
+    @staticmethod
+    def backward(context, gradient):
+        layer = context.layer
+        weight = torch.empty(layer.out_features, layer.in_features, dtype=gradient.dtype)
+        return gradient @ weight, None
+
+
+def make_model(name: str, config, device, trainable: bool):
+    """Instead of load_pretrained: a model of that shape, with random weights or fake ones."""
+    dtype = torch.float32 if trainable else getattr(torch, config.precision)
+    shape = model_config_of(name)
+    made = transformers.AutoModelForCausalLM.from_config(
+        shape, dtype=dtype, attn_implementation="sdpa"
+    )
+    if config.load_in_4bit:
+        head = made.get_output_embeddings()
+        for module in list(made.modules()):
+            for key, child in module.named_children():
+                if type(child) is torch.nn.Linear and child is not head:
+                    setattr(module, key, Linear4bit(child))
+    return made
+
+
+def halve(reference, config) -> None:
+    """Instead of halve_linear_layers: fake weights cannot be replaced in place."""
+    for module in reference.get_decoder().modules():
+        if isinstance(module, torch.nn.Linear):
+            for name, parameter in list(module.named_parameters()):
+                half = parameter.detach().to(getattr(torch, config.precision))
+                setattr(module, name, torch.nn.Parameter(half, requires_grad=False))
+
+
+def optimizer_state(policy, config) -> list:
+    """Two moments of every trained weight. adamw8bit keeps those of at least 4,096 weights in 8
+    bits, with a float32 scale for every 256."""
+    state = []
+    for parameter in policy.parameters():
+        if not parameter.requires_grad:
+            continue
+        for _ in range(2):
+            if config.optimizer == "adamw8bit" and parameter.numel() >= 4096:
+                state.append(torch.empty(parameter.shape, dtype=torch.uint8))
+                state.append(torch.empty(-(-parameter.numel() // 256)))
+            else:
+                state.append(torch.empty_like(parameter))
+    return state
+
+
+@contextmanager
+def fake_gpu():
+    """Fake tensors, counted; yields (counter, fake mode)."""
+    attention = "torch.nn.functional.scaled_dot_product_attention"
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with (
+        mock.patch(attention, efficient_attention),
+        mock.patch.object(model, "load_pretrained", make_model),
+        mock.patch.object(model, "base_model_of", lambda name: name),
+        mock.patch.object(model, "halve_linear_layers", halve),
+        mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module),
+        mode,
+        Counter() as counter,
+    ):
+        yield counter, mode
+
+
+# ---------------------------------------------------------------- the simulation
+def largest_micro_batch(case: Case, config):
+    """Of random completions of full length, which share nothing but the prompt."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model_config_of(case.model_name).vocab_size
+
+    def random_ids(count: int) -> torch.Tensor:
+        return torch.randint(vocabulary, (count,), generator=generator)
+
+    group_tokens = case.prompt_tokens + case.group_size * case.max_new_tokens
+    buffer = train.ReplayBuffer(packed=True)
+    for _ in range(1 + case.micro_batch_tokens // group_tokens):
+        ids = [random_ids(case.max_new_tokens) for _ in range(case.group_size)]
+        experience = train.Experience(
+            prompt_ids=random_ids(case.prompt_tokens),
+            completion_ids=ids,
+            completion_masks=[torch.ones_like(row) for row in ids],
+            sampled_log_probs=[torch.zeros(len(row)) for row in ids],
+            truncated=torch.zeros(case.group_size),
+            completions=[""] * case.group_size,
+            answer="",
+            advantages=torch.arange(float(case.group_size)),
+        )
+        buffer.extend([experience])
+    config.train_batch_size = case.group_size * len(buffer.experiences)
+    (micro_batches,) = buffer.batches(config, generator)
+    micro_batch = max(micro_batches, key=lambda micro_batch: micro_batch.input_ids.numel())
+    micro_batch.old_log_probs = micro_batch.sampled_log_probs
+    micro_batch.reference_log_probs = micro_batch.sampled_log_probs if case.kl_weight else None
+    return micro_batch
+
+
+def estimate(case: Case) -> dict[str, int]:
+    """Bytes at the peak of training, sampling and evaluation."""
+    config = case.config()
+    micro_batch = largest_micro_batch(case, config)
+    with fake_gpu() as (counter, mode):
+        policy, reference = train.load_model(config, torch.device("cpu"))
+        model.let_autocast_cast(policy)
+        state = optimizer_state(policy, config)
+        tensors = {k: v for k, v in vars(micro_batch).items() if isinstance(v, torch.Tensor)}
+        fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+        peaks = {"training": train_once(policy, replace(micro_batch, **fakes), config, counter)}
+        peaks["sampling"] = sample_once(policy, case, config, counter, case.group_size)
+        peaks["evaluation"] = sample_once(policy, case, config, counter, 1)
+        del state, reference
+    return peaks
+
+
+def train_once(policy, micro_batch, config, counter: Counter) -> int:
+    """A micro-batch that is not the update's first: gradients are there already."""
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    counter.take_peak()
+    objective = train.GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
+    policy.train()
+    objective(train.sequences_log_probs(policy, micro_batch, config), micro_batch).backward()
+    peak = counter.take_peak()
+    objective.token_sums.clear()
+    policy.zero_grad()
+    counter.take_peak()
+    return peak
+
+
+@torch.no_grad()
+def sample_once(policy, case: Case, config, counter: Counter, group_size: int) -> int:
+    """The forward of all prompts, and that of the last token of all completions."""
+    policy.eval()
+    count = case.sample_rows // group_size
+    rows = [tuple(range(i, i + case.prompt_tokens)) for i in range(count)]
+    row_of = torch.arange(case.sample_rows) // group_size
+    if config.load_in_4bit or config.precision == "float32":
+        last_token(policy, rows, row_of, config)
+    else:
+        last_token_captured(policy, rows, row_of, config)
+    peak = counter.take_peak()
+    counter.take_peak()
+    return peak
+
+
+def last_token_captured(policy, rows, row_of, config) -> None:
+    """As sample_captured, when no completion has ended."""
+    with captured.PlainModel(policy, config) as plain:
+        cache, mask, logits = kv_cache.prefill(plain, rows, None)
+        decoder = captured.Decoder(plain, cache, mask, config)
+        del cache, mask
+        row_log_probs = model.next_log_probs(logits, config)
+        captured.draw_tokens(row_log_probs, row_of, None)
+        torch.empty_like(row_log_probs[row_of])  # the random numbers
+        del logits, row_log_probs
+        with mock.patch.object(captured, "BLOCK", config.max_new_tokens):  # all columns
+            decoder.begin_block(row_of)
+        decoder.one_token()
+        torch.empty_like(decoder.log_probs), torch.empty_like(decoder.log_probs)  # noise, scores
+
+
+def last_token(policy, rows, row_of, config) -> None:
+    """As sample_plainly, when all completions have parted and none has ended."""
+    past = len(rows[0]) + config.max_new_tokens - 1
+    half = config.precision != "float32"
+    with torch.autocast("cpu", getattr(torch, config.precision), enabled=half):
+        cache, mask, logits = kv_cache.prefill(policy, rows, None)
+        cache.reorder_cache(row_of)
+        for layer in cache.layers:
+            shape = list(layer.room.shape)
+            shape[-2] = past
+            layer.make_room(layer.room.new_empty(shape))
+        output = policy(
+            row_of[:, None],
+            attention_mask=torch.ones(len(row_of), past + 1, dtype=torch.long),
+            position_ids=row_of[:, None],
+            past_key_values=cache,
+        )
+        log_probs = model.next_log_probs(output.logits, config)[row_of]
+        probs = log_probs.exp()
+        torch.empty_like(probs)  # multinomial's random numbers
+
+
+# ---------------------------------------------------------------- answers
+MODES = {
+    "LoRA": {"lora_rank": 16},
+    "LoRA, 4 bits": {"lora_rank": 16, "load_in_4bit": True},
+    "full, adamw8bit": {"optimizer": "adamw8bit"},
+    "full, adamw": {},
+}
+
+
+def fits(bytes_: float, card: float) -> bool:
+    return 1.1 * bytes_ + GIB <= card * GIB
+
+
+def answer(case: Case, card: float | None) -> None:
+    peaks = estimate(case)
+    for name, peak in peaks.items():
+        verdict = ""
+        if card:
+            verdict = ", fits" if fits(peak, card) else ", does not fit"
+        print(f"{name:10} {peak / GIB:6.1f} GiB{verdict}")
+    if not card:
+        return
+    for constant, phase in (("micro_batch_tokens", "training"), ("sample_rows", "sampling")):
+        best = largest_that_fits(case, constant, phase, card)
+        if best is None:
+            print(f"{phase} does not fit into {card:g} GiB with any {constant}")
+        else:
+            print(f"the largest that fits: --{constant.replace('_', '-')} {best}")
+
+
+def largest_that_fits(case: Case, constant: str, phase: str, card: float) -> int | None:
+    """The largest power of two. Training: at least a whole completion; at most 32,768. Sampling:
+    at least a group; at most 512."""
+    least, most = {"training": (256, 32_768), "sampling": (case.group_size, 512)}[phase]
+    if phase == "training":
+        while least < case.prompt_tokens + case.max_new_tokens:
+            least *= 2
+    best = None
+    value = least
+    while value <= most and fits(estimate(replace(case, **{constant: value}))[phase], card):
+        best = value
+        value *= 2
+    return best
+
+
+def table() -> None:
+    """Markdown: the peak of training, without and with checkpointing, and of sampling."""
+    print("| model | | " + " | ".join(f"{n} tokens" for n in (512, 2048)) + " |")
+    print("|---|---|---|---|")
+    for model_name in SHAPES:
+        for mode, changes in MODES.items():
+            cells = []
+            for new in (512, 2048):
+                case = Case(model_name=model_name, max_new_tokens=new, **changes)
+                plain = estimate(case)
+                saving = estimate(replace(case, gradient_checkpointing=True))
+                figures = (plain["training"], saving["training"], plain["sampling"])
+                cells.append(" / ".join(f"{figure / GIB:.1f}" for figure in figures))
+            print(f"| {model_name.split('/')[1]} | {mode} | {' | '.join(cells)} |", flush=True)
+
+
+def compare_with_measured() -> None:
+    report = json.loads((ROOT / "results" / "memory_h100.json").read_text())
+    print(report["machine"])
+    for row in report["rows"]:
+        peaks = estimate(Case(**row["case"]))
+        print(json.dumps(row["case"]))
+        for phase, measured in row["bytes"].items():
+            ratio = peaks[phase] / measured
+            figures = f"measured {measured / GIB:.2f}, estimated {peaks[phase] / GIB:.2f} GiB"
+            print(f"    {phase:10} {figures}, ratio {ratio:.3f}", flush=True)
+
+
+def compare_with_resident() -> None:
+    """One update in a process of its own, whose memory Linux counts."""
+    for model_name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"):
+        for changes in ({"lora_rank": 16}, {}, {"gradient_checkpointing": True}):
+            case = Case(model_name, precision="float32", micro_batch_tokens=1024, **changes)
+            case = replace(case, max_new_tokens=64, kl_weight=0.0)
+            command = [sys.executable, __file__, "resident", json.dumps(vars(case))]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            measured = int(done.stdout.splitlines()[-1])
+            estimated = estimate(case)["training"]
+            figures = f"measured {measured / GIB:.2f}, estimated {estimated / GIB:.2f} GiB"
+            print(
+                f"{model_name} {changes}: {figures}, ratio {estimated / measured:.3f}", flush=True
+            )
+
+
+def resident_bytes(case: Case) -> int:
+    """The most memory that the second of two updates takes on this CPU, above that of an idle
+    process with the same libraries."""
+    config = case.config()
+    micro_batch = largest_micro_batch(case, config)
+    torch.ones(512, 512) @ torch.ones(512, 512)  # the matrix library's own
+    before = resident("VmRSS")
+    with mock.patch.object(model, "load_pretrained", make_model):
+        policy, reference = train.load_model(config, torch.device("cpu"))
+    optimizer = train.make_optimizer(policy, config)
+    objective = train.GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
+    for _ in range(2):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        policy.train()
+        for _ in range(2):
+            log_probs = train.sequences_log_probs(policy, micro_batch, config)
+            objective(log_probs, micro_batch).backward()
+            del log_probs
+        peak = resident("VmHWM")
+        optimizer.step()
+        optimizer.zero_grad()
+    return peak - before
+
+
+def resident(name: str) -> int:
+    """VmRSS: the bytes of this process that are in memory; VmHWM: the most that were."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def main(options: Options) -> None:
+    if options.measured:
+        compare_with_measured()
+    elif options.resident:
+        compare_with_resident()
+    elif options.model_name is None:
+        table()
+    else:
+        answer(Case(**{f.name: getattr(options, f.name) for f in fields(Case)}), options.card)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["resident"]:  # a process of compare_with_resident
+        print(resident_bytes(Case(**json.loads(sys.argv[2]))))
+        sys.exit()
+    main(tyro.cli(Options, description=__doc__))
