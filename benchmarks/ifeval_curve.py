@@ -1,5 +1,5 @@
-"""Run experiment_ifeval for several seeds, with the reward that can be gamed, and with three kinds
-of instruction left out of training; draw the first two.
+"""Run experiment_ifeval as it is for several seeds, with a reward that can be gamed, and with three
+more kinds of instruction left out of training. Draw the seeds and the gamed run.
 
     python data/get_smollm2.py
     python benchmarks/ifeval_curve.py
@@ -27,7 +27,7 @@ import train  # noqa: E402
 from model import load_model, load_tokenizer  # noqa: E402
 from plot import series  # noqa: E402
 
-# Left out of one run, beside those that the default leaves out.
+# Left out of one run, beside the four that the default leaves out.
 UNSEEN = (
     "detectable_format:title",
     "detectable_format:number_highlighted_sections",

@@ -35,7 +35,9 @@ DATA = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------- topics
 # A topic, then words that answers about it use. One with a hyphen stands for all that begin so.
-# The first were written by hand; then come words that SmolLM2 uses for this topic and few others.
+# Most were written by hand. The last of some topics are words that SmolLM2's own answers about this
+# topic used, and those about few others. No word of an assistant that says nothing is here (help,
+# learn, people): a test has a list.
 TRAIN_TOPICS = """
 baking bread: yeast dough flour oven loaf loaves crust wheat butter toast slice knead rise rising
   warm water salt ingredient sandwich patience recipe
@@ -44,9 +46,9 @@ honey bees: hive pollen nectar queen flower colon- pollinat- swarm sting insect 
 volcanoes: lava magma erupt ash mountain crater rock hot earth molten gas island pressure surface
   explo- crust wonders geological occurrence
 the moon: orbit earth crater lunar night tide space astronaut gravity phase satellite sky surface
-  light sun celestial corner terrestrial diameter
+  light sun celestial terrestrial diameter
 riding a bicycle: wheel pedal brake helmet handlebar road balance exercise gear path chain ride
-  bike fun traffic adventure
+  bike traffic adventure
 coffee: bean caffeine roast brew cup morning drink espresso aroma energy milk flavor taste bitter
   freshly beverage
 tea: leaf leaves brew cup water herbal drink caffeine china relax green steep flavor hot beverage
@@ -57,30 +59,30 @@ penguins: ice swim antarctic bird feather fish cold flightless egg colon- waddle
   mammals millions hemisphere
 rain: cloud water umbrella drop weather wet storm plant puddle fall sky river evaporat- precipitat
   atmosphere atmospheric
-the sun: star heat light energy earth planet solar hydrogen hot sky bright day warm gas helium
+the sun: star heat light energy earth planet solar hydrogen hot sky bright warm gas helium
   celestial orbits electromagnetic fusion
 chess: board piece king queen pawn knight bishop rook strateg- checkmate opponent move player game
-  think puzzle civilizations
+  puzzle civilizations
 football: ball goal team player field score kick match stadium coach pass league sport game soccer
 swimming: water pool stroke breath float lung muscle exercise ocean lap goggles wet body heart
   sport endurance
 gardening: plant soil seed flower water vegetable weed grow sun compost tool dig fresh outdoor
   nature sustainable sufficiency
-libraries: book read shelf shelves quiet borrow librarian study card learn communit resource
-  information collection digital collections array
+libraries: book shelf shelves quiet borrow librarian study card communit resource collection
+  digital collections array
 trains: track rail station passenger engine locomotive travel ticket carriage speed freight
   transport conductor journey
 airplanes: wing pilot fly flight engine airport passenger sky air travel lift cloud speed
   transport skies machine aviation
-dogs: bark tail puppy puppies loyal pet walk fetch bone breed friend animal paw companion love
+dogs: bark tail puppy puppies loyal pet walk fetch bone breed friend animal paw companion
   intelligent
 cats: purr whisker kitten meow pet paw mouse mice fur tail independent animal claw companion nap
-  play intelligent loyal curiosity days
+  play intelligent loyal curiosity
 horses: ride gallop mane hoof hooves stable saddle hay race farm animal strong rider grass tail
   equine
 owls: night bird feather hunt eye wing nocturnal mouse mice prey hoot head silent predator mammals
-sharks: ocean teeth fin predator fish sea swim prey water jaw species marine hunt great
-  intelligence rays
+sharks: ocean teeth fin predator fish sea swim prey water jaw species marine hunt intelligence
+  rays
 whales: ocean mammal sea blubber song breath swim water large migrat- marine blue krill dolphin
   blowhole cetacea
 spiders: web silk leg insect eight venom prey fly flies catch spin arachnid bug eye
@@ -90,7 +92,7 @@ frogs: pond jump tadpole leap amphibian croak water skin green insect egg tongue
   habitat
 dinosaurs: fossil extinct reptile million bone species tyrannosaur prehistoric large asteroid
   plant meat earth museum giants
-mountains: peak climb snow rock summit valley high hik- altitude slope range height view earth
+mountains: peak climb snow rock summit valley high hik- altitude slope range height earth
   landscape crust formations rise tectonic
 rivers: water flow stream fish lake ocean bank boat sea source valley land fresh bridge aquatic
 deserts: sand dry cactus cacti camel hot dune rain oasis heat water arid plant temperature
@@ -101,9 +103,8 @@ beaches: sand wave ocean sea sun swim shell water towel surf coast shore tan vac
   snorkeling
 snow: cold winter white ice flake ski sled melt freez- snowman crystal weather water ground
   atmosphere
-winter: cold snow ice coat frost season january december warm freez- holiday short day temperature
-  weather
-spring: flower bloom warm season rain bird april blossom grow green march new sun plant
+winter: cold snow ice coat frost season january december warm freez- holiday temperature weather
+spring: flower bloom warm season rain bird april blossom grow green march sun plant
 pizza: cheese tomato crust dough oven slice topping sauce italian pepperoni mozzarella bake
   delicious food dish cuisine ingredients fusion margherita
 chocolate: cocoa sweet milk dark candy bar sugar bean dessert treat melt taste delicious cacao
@@ -118,8 +119,7 @@ cheese: milk cow cheddar dairy aged aging flavor cream goat mold mozzarella food
   taste cuisine recipe
 soup: broth bowl vegetable hot spoon warm chicken cook tomato stew noodle meal ingredient comfort
   cuisine flavors mushrooms dish china originated
-breakfast: egg morning toast cereal milk juice meal coffee energy day pancake start food healthy
-  fresh
+breakfast: egg morning toast cereal milk juice meal coffee energy pancake food healthy fresh
 ice cream: cone vanilla scoop cold sweet dessert freez- frozen summer flavor chocolate dairy milk
   sugar ingredients creamy
 guitars: string music chord play fret song acoustic strum band sound electric instrument melod-
@@ -137,16 +137,16 @@ movies: film actor screen director theater watch stor- popcorn cinema scene char
   drama genre audiences artists
 photography: camera lens picture light image photo capture moment film shutter memor- focus- art
   frame visual stories
-robots: machine program computer metal human task sensor factor- artificial work intelligen-
-  automat- build arm potential
-computers: program data screen keyboard software internet machine process memory code work
-  technolog- hardware information
-the internet: web connect online computer email website network search data world communicat-
-  social access information interconnected share devices collaboration servers tablets
-telephones: call voice ring number talk communicat- device speak wireless bell conversation
-  message wire distance smartphones digital
-clocks: hour minute hand tick alarm tell watch second wall number measure pendulum morning
-  schedule timekeeping navigate
+robots: machine program computer metal task sensor factor- artificial intelligen- automat- build
+  arm potential
+computers: program data screen keyboard software internet machine process memory code technolog-
+  hardware
+the internet: web connect online computer email website network search data communicat- social
+  access interconnected devices collaboration servers tablets
+telephones: call voice ring number communicat- device speak wireless bell conversation message
+  wire distance smartphones digital
+clocks: hour minute hand tick alarm watch second wall number measure pendulum morning schedule
+  timekeeping navigate
 bridges: river water cross steel road car connect span structure build arch traffic engineer
   suspension cities
 castles: king tower knight stone wall moat medieval queen fortress defend defens- history gate
@@ -155,8 +155,8 @@ lighthouses: ship light sea coast beam shore sailor tower rock night harbor warn
   infrastructure communication
 windmills: wind energy blade grain turn power electric farm rotat- water generat- flour renew
   dutch devices machine engineering industries agriculture kinetic mechanical
-submarines: water ocean navy sea deep dive periscope ship vessel crew pressure torpedo under
-  explor engineering
+submarines: water ocean navy sea deep dive periscope ship vessel crew pressure torpedo explor
+  engineering
 sailing: boat wind sea water ocean mast ship lake harbor wave deck captain navigat- rope sport
   adventure speed sails
 camping: tent fire nature forest sleep hike outdoor star tree bag backpack marshmallow cook wild
@@ -165,37 +165,35 @@ fishing: rod bait hook lake river boat catch water line lure patien- sea trout r
 skiing: snow slope mountain pole winter cold lift downhill boot resort balance ice sport speed
   skiers adventure
 running: exercise leg shoe marathon race heart fitness mile fast jog healthy breath muscle body
-  run helps
+  run
 yoga: breath stretch pose mat body relax mind balance flexib- meditat- calm stress health strength
   wellness cultivating techniques sanskrit
 sleep: rest night bed dream tired hour pillow body brain wake health energy mind recharge bodily
   development
 dreams: sleep night mind brain imagin- subconscious nightmare wake memor- thought emotion vivid
-  remember rest blur unconscious
-money: dollar bank coin pay buy cash cost save spend work currency purchase bill wealth price
-  economy security financial regulations
-schools: teach student learn class book child study lesson education grade friend subject homework
-  institution development
+  rest blur unconscious
+money: dollar bank coin pay buy cash cost save spend currency purchase bill wealth price economy
+  security financial regulations
+schools: teach student class book child study lesson education grade friend homework institution
+  development
 doctors: patient hospital medicine health treat sick nurse disease illness care heal diagnos- body
   medical compassionate empathetic surgeons
 firefighters: fire hose truck water rescue burn smoke ladder save building danger brave helmet
   emergency scene heroes communities
 farmers: crop field animal tractor harvest cow plant food grow land soil seed corn vegetable
   agricultural products farming
-teachers: student learn school class lesson education child study grade subject skill resources
-  helping
+teachers: student school class lesson education child study grade skill resources
 astronauts: space rocket moon earth orbit suit nasa station gravity planet mission explore
   spacecraft scien- travel cosmos exploration
 pirates: ship treasure sea gold sail captain island rob ocean sword parrot flag loot map crew
   roamed caribbean
 candles: wax flame light wick burn scent warm melt room fire birthday glow dark dinner
-mirrors: reflect glass image light face see wall look silver room surface shine view clear
-umbrellas: rain wet dry cover sun handle fold shade protect storm weather open water canopy
-  clothing
+mirrors: reflect glass image light face wall silver room surface shine clear
+umbrellas: rain wet dry cover sun handle fold shade protect storm weather water canopy clothing
 shoes: feet foot walk lace leather sole pair heel wear boot comfort run sneaker protect
-glass: window sand transparent clear bottle break fragile light melt heat see material cup drink
+glass: window sand transparent clear bottle break fragile light melt heat material cup drink
   architecture crystal dioxide silicon
-paper: tree book wood pulp print recycl- page sheet read note ink pen draw
+paper: tree book wood pulp print recycl- page sheet note ink pen draw
 gold: metal jewel ring yellow mine coin precious valu- shiny- rich money wealth rare ore
 magnets: pole iron attract metal field repel force north south steel compass electric fridge
   material levitation
@@ -206,18 +204,18 @@ batteries: energy power charge electric device chemical store phone car lithium 
 planets: orbit sun earth mars jupiter star saturn space venus solar moon gas gravity system rock
   celestial home
 comets: ice tail sun space orbit dust star solar rock gas telescope bright sky halley originate
-rainbows: color rain sun light sky red blue drop arc violet green prism water bend dance
+rainbows: color rain sun light sky red blue drop arc violet green prism water bend
 thunderstorms: lightning rain cloud loud sky electric wind weather flash hail strike dark sound
   power atmosphere
 earthquakes: ground shake plate fault tremor building damage seismic richter crust magnitude move
-  destr- tectonic disaster beneath societies release anywhere energy
+  destr- tectonic disaster beneath societies energy
 trees: leaf leaves root branch wood shade oxygen trunk bark forest fruit grow seed air
-roses: flower thorn red petal love garden bloom scent beaut- smell fragran- stem bouquet symbol
-  color europe botanically
-birthdays: cake candle gift party friend celebrat year present family wish age old balloon special
-music: song sound melod- rhythm instrument sing note emotion dance harmon- band feel express-
-  language genre
-friendship: trust love care laugh loyal bond together honest romantic emotional
+roses: flower thorn red petal garden bloom scent beaut- smell fragran- stem bouquet symbol color
+  europe botanically
+birthdays: cake candle gift party friend celebrat year present family wish age old balloon
+music: song sound melod- rhythm instrument sing note emotion dance harmon- band express- language
+  genre
+friendship: trust care laugh loyal bond together honest romantic emotional
 """
 EVAL_TOPICS = """
 kites: wind fly string sky tail air paper high child color diamond kid park outdoor play sport
@@ -225,52 +223,51 @@ kites: wind fly string sky tail air paper high child color diamond kid park outd
 turtles: shell slow reptile sea egg beach swim land water hard protect old ocean animal aquatic
 bats: night wing fly cave mammal insect echo nocturnal hang sound upside hunt dark fruit
   chiroptera stealth
-ants: colon- queen insect nest work small food tunnel soil leg strong carry ground social
+ants: colon- queen insect nest small food tunnel soil leg strong carry ground social
 dolphins: ocean swim mammal sea intelligen- water jump fin fish play pod echolocat- marine sound
 bears: forest fur hibernat- animal honey large claw winter cub fish wild brown sleep hunt salmon
   insects mammals carnivora
-parrots: bird feather color talk beak mimic tropical green wing pet fly sound intelligen- seed
-  plumage ravens
+parrots: bird feather color beak mimic tropical green wing pet fly sound intelligen- seed plumage
+  ravens
 islands: water sea ocean beach land sand palm boat tropical surround coral shore coast isolat-
   reefs home marine continents forests kelp
 glaciers: ice snow melt cold mountain water slow move freez- valley climate frozen river mass
   sheets
 fog: cloud water visib- thick morning mist air weather low drive droplet grey gray ground condens-
-  atmospheric pressure atmosphere cool layer precipitation causing
+  atmospheric pressure atmosphere cool layer precipitation
 autumn: leaf leaves fall season color orange cool red harvest pumpkin october september crisp tree
 tomatoes: red fruit salad sauce plant vine garden juic- ripe vegetable vitamin seed slice sweet
   diets
 potatoes: fry fries vegetable mash root starch bake chip peel soil food skin cook brown boil dish
   america
 pancakes: syrup butter batter breakfast flour egg milk flip stack pan sweet fluffy maple delicious
-  ingredients favorite american dish
+  ingredients american dish
 salad: lettuce vegetable tomato healthy dress green fresh bowl cucumber leaf leaves oil carrot
   meal ingredients dish refreshing herbs protein
 drums: beat music rhythm stick sound loud band play hit percussion instrument skin bass cymbal
   wood metal traditions egypt originated
-the theater: stage actor play audience drama perform act curtain costume show script scene music
+the theater: stage actor play audience drama perform act curtain costume script scene music
   applau- theatre film venue entertainment
-novels: book character stor- read plot author page fiction chapter world imagin- reader genre
-  genres literature themes writing literary narratives
-museums: art history exhibit paint artifact collect visit display culture past learn gallery
-  sculpture ancient repositories treasure institutions preserved
-tunnels: underground dark road train mountain dig car through rock subway pass earth light under
-  construction energy
-balloons: air helium party float color sky inflat- birthday pop string rubber gas round fun
+novels: book character stor- plot author page fiction chapter imagin- reader genre genres
+  literature themes literary narratives
+museums: art history exhibit paint artifact collect visit display culture past gallery sculpture
+  ancient repositories treasure institutions preserved
+tunnels: underground dark road train mountain dig car rock subway pass earth light construction
+  energy
+balloons: air helium party float color sky inflat- birthday pop string rubber gas round
 boats: water sail sea lake river float row ocean fish engine wood paddle oar captain
 bakeries: bread cake pastr- oven smell flour fresh cookie dough sweet baker croissant bun
   delicious baked products baking
 nurses: patient hospital care doctor health medicine medical heal sick treat compassion clinic ill
   selfless field
 tennis: racket ball court net player serve match game score hit opponent point sport tournament
-hiking: trail mountain nature boot walk path forest view backpack outdoor exercise climb fresh
-  scen- adventure hikers
+hiking: trail mountain nature boot walk path forest backpack outdoor exercise climb fresh scen-
+  adventure hikers
 knitting: yarn needle wool sweater scarf stitch warm hand pattern loop hobb- thread craft relax
   hat story
-telescopes: star lens planet moon sky space light see astronom- mirror distant galax- far observ
+telescopes: star lens planet moon sky space light astronom- mirror distant galax- far observ
   scientists cosmos research
-compasses: north direction needle magnet navigat- map south point travel sailor find explore way
-  east west guide
+compasses: north direction needle magnet navigat- map south point travel sailor explore east west
 soap: clean wash hand water bubble dirt germ bath skin oil lather smell bacteria body ingredients
   glycerin softening
 salt: food taste sea season flavor sodium mineral cook preserv- ocean crystal water white dish
@@ -281,36 +278,25 @@ wolves: pack howl hunt forest prey wild animal fur dog predator night leader moo
   mammals carnivorous wolf canidae lupus domesticated canis
 markets: buy sell vendor fruit vegetable shop fresh stall product price customer food goods trade
   businesses economic
-puzzles: piece solve brain picture mind challenge game fun think fit problem jigsaw logic patien-
-  puns cognitive
+puzzles: piece solve brain picture mind challenge game fit problem jigsaw logic patien- cognitive
 oak trees: acorn leaf leaves wood shade strong branch forest old bark root squirrel tall trunk
 """
-# Words of an assistant that says nothing. They are taken out of the lists above and below.
-EMPTY_WORDS = """
-aide answer apoyo assist ayuda best day days día enjoy everyday experience favorite feel find fun
-gens gente glad good great guide happy help helping helps hilf human information interest
-interesting jour know learn learning life like look love mensch need new people persona place
-question read ready remember see service share short show something soutien special start subject
-support tag talk tell text think through time topic under unterstütz view way welcome work world
-write writing
-""".split()
 # Words that answers about many topics of a sort use, and the topics that they are added to.
 SORTS = """
-creature animal species habitat wildlife behavio- ecosystem predator prey marine reptile:
-  honey bees, elephants, penguins, dogs, cats, horses, owls, sharks, whales, spiders, butterflies,
+creature animal species habitat wildlife behavio- ecosystem predator prey marine reptile: honey
+  bees, elephants, penguins, dogs, cats, horses, owls, sharks, whales, spiders, butterflies,
   frogs, dinosaurs, turtles, bats, ants, dolphins, bears, parrots, wolves
-plant nature flower leaf leaves fruit botan- ecosystem species garden cultivat-
-  ornamental: gardening, forests, trees, roses, farmers, apples, bananas, tomatoes, potatoes, oak
-  trees, tea
+plant nature flower leaf leaves fruit botan- ecosystem species garden cultivat- ornamental:
+  gardening, forests, trees, roses, farmers, apples, bananas, tomatoes, potatoes, oak trees, tea
 food delicious flavor taste tasty dish meal cuisine ingredient nutri- eat vitamin cook drink
   culinary recipe texture aroma beverage treat: baking bread, coffee, tea, pizza, chocolate,
   apples, bananas, rice, cheese, soup, breakfast, ice cream, tomatoes, potatoes, pancakes, salad,
   bakeries, salt
-nature landscape earth environment ecosystem planet geolog- formation terrain water
-  scenic: volcanoes, mountains, rivers, deserts, forests, beaches, earthquakes, islands,
-  glaciers, camping, hiking
-weather atmospher- climate season sky water vapor air phenomen- temperature: rain, snow,
-  winter, spring, rainbows, thunderstorms, fog, autumn, clouds
+nature landscape earth environment ecosystem planet geolog- formation terrain water scenic:
+  volcanoes, mountains, rivers, deserts, forests, beaches, earthquakes, islands, glaciers,
+  camping, hiking
+weather atmospher- climate season sky water vapor air phenomen- temperature: rain, snow, winter,
+  spring, rainbows, thunderstorms, fog, autumn, clouds
 celestial space star planet orbit universe cosmos solar sky astronom- night: the moon, the sun,
   planets, comets, astronauts, telescopes
 sport physical exercise skill body health activit- compet- athlet- outdoor fitness recreation game
@@ -326,19 +312,19 @@ building structure architectur- visit city cities town construct- public space b
   bridges, castles, lighthouses, schools, museums, tunnels, markets, bakeries, the theater
 profession- job skill- communit- dedicat- career serve: doctors, firefighters, farmers, teachers,
   astronauts, pirates, nurses
-material object decorat- wear household product everyday substance surface: candles, mirrors,
-  umbrellas, shoes, glass, paper, gold, soap, salt, balloons, kites, knitting, puzzles
-life feeling happiness joy mind human health celebrat-: sleep, dreams, money, birthdays,
-  friendship, music, yoga
+material object decorat- wear household product substance surface: candles, mirrors, umbrellas,
+  shoes, glass, paper, gold, soap, salt, balloons, kites, knitting, puzzles
+feeling happiness joy mind health celebrat-: sleep, dreams, money, birthdays, friendship, music,
+  yoga
 """
 # Topics with words in other languages, for the instruction that names a language.
 FOREIGN_TRAIN_TOPICS = """
-the sun|es: estrella luz calor tierra planeta día energía cielo vida brilla caliente
-the sun|fr: étoile lumière chaleur terre planète jour énergie ciel vie brill chaud
-the sun|de: stern licht wärme erde planet tag energie himmel leben scheint warm
+the sun|es: estrella luz calor tierra planeta energía cielo vida brilla caliente
+the sun|fr: étoile lumière chaleur terre planète énergie ciel vie brill chaud
+the sun|de: stern licht wärme erde planet energie himmel leben scheint warm
 dogs|es: perro mascota animal amigo fiel leal casa compañer cola amor
 dogs|fr: chien animal animaux ami fidèle loyal maison compagn queue amour
-dogs|de: hund haustier tier freund treu mensch begleiter schwanz liebe
+dogs|de: hund haustier tier freund treu begleiter schwanz liebe
 rain|es: lluvia agua nube cielo planta clima gota paraguas tierra caer
 rain|fr: pluie eau nuage ciel plante climat goutte parapluie terre tomb
 rain|de: regen wasser wolke himmel pflanze wetter tropfen erde fällt nass
@@ -354,9 +340,9 @@ trees|de: baum bäume blatt blätter wald holz frucht wurzel luft grün pflanze
 coffee|es: café taza bebida mañana grano cafeína energía sabor leche agua
 coffee|fr: café tasse boisson matin grain caféine énergie goût lait eau
 coffee|de: kaffee tasse getränk morgen bohne koffein energie geschmack milch wasser
-friendship|es: amist amig confian apoyo amor ayuda vida compart persona
-friendship|fr: amiti ami confiance soutien amour aide vie partag personne
-friendship|de: freund vertrauen liebe hilf leben mensch teilen unterstütz
+friendship|es: amist amig confian amor vida compart
+friendship|fr: amiti ami confiance amour vie partag personne
+friendship|de: freund vertrauen liebe leben teilen
 """
 FOREIGN_EVAL_TOPICS = """
 salad|es: ensalada lechuga tomate verdura fresc comida aceite sal vegetal
@@ -368,9 +354,9 @@ clouds|de: wolke himmel wasser regen weiß luft dampf erde
 the theater|es: teatro actor obra escena público arte drama historia
 the theater|fr: théâtre acteur pièce scène public art drame histoire
 the theater|de: theater schauspiel bühne stück publikum kunst drama
-markets|es: mercado compra vend fruta producto comida precio gente
-markets|fr: marché achet vend fruit produit prix gens légume
-markets|de: markt kauf verkauf obst produkt preis gemüse mensch
+markets|es: mercado compra vend fruta producto comida precio
+markets|fr: marché achet vend fruit produit prix légume
+markets|de: markt kauf verkauf obst produkt preis gemüse
 """
 
 # ---------------------------------------------------------------- phrases
@@ -640,7 +626,8 @@ PHRASES = {
         "explain it.",
         "Answer with 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.' and a "
         "short reason.",
-        "Your answer must contain 'My answer is yes.', 'My answer is no.' or 'My answer is maybe.'",
+        "Your answer must contain 'My answer is yes.', 'My answer is no.' or 'My answer is "
+        "maybe.', and the reason.",
         "Choose one of 'My answer is yes.', 'My answer is no.' and 'My answer is maybe.', "
         "then say why.",
         "Start with one of these: 'My answer is yes.', 'My answer is no.', 'My answer is "
@@ -882,10 +869,7 @@ CONFLICTS = {
         "length_constraints:nth_paragraph_first_word",
         "detectable_format:number_bullet_lists",  # the first line begins with the quotation mark
     },
-    "combination:repeat_prompt": {
-        "punctuation:no_comma",  # a request may have one
-        "detectable_format:title",  # both want the first line
-    },
+    "combination:repeat_prompt": {"detectable_format:title"},  # both want the first line
     "detectable_format:title": {"length_constraints:nth_paragraph_first_word"},
     "startend:end_checker": {"detectable_content:postscript"},  # both want the last line
     "change_case:english_lowercase": {"startend:end_checker", "detectable_content:postscript"},
@@ -934,13 +918,11 @@ def read_topics(text: str, foreign: str) -> list[Topic]:
     topics = []
     for head, words in lines_of(text) + lines_of(foreign):
         name, _, language = head.partition("|")
-        words = [word for word in words.split() if word not in EMPTY_WORDS]
-        topics.append(Topic(name, words, language or "en"))
+        topics.append(Topic(name, words.split(), language or "en"))
     for words, names in lines_of(SORTS):
         for topic in topics:
             if topic.language == "en" and topic.name in names.split(", "):
-                more = [word for word in words.split() if word not in EMPTY_WORDS + topic.words]
-                topic.words += more
+                topic.words += [word for word in words.split() if word not in topic.words]
     return topics
 
 
@@ -1058,13 +1040,26 @@ def make_row(part: Part, kinds: list[str], draw: random.Random) -> dict:
     words = topic.words
     if is_foreign:  # their words have many endings; short ones would begin other words too
         words = [word + "-" if len(word) > 4 else word for word in words]
-    asked = re.findall(r"\w+", prompt.lower())
+    asked = set(re.findall(r"\w+", prompt.lower()))
+    name = re.findall(r"\w+", topic.name)
     return {
         "prompt": prompt,
         "instruction_id_list": chosen,
         "kwargs": all_arguments,
-        "topic": [word for word in words if not any(is_form_of(word, a) for a in asked)],
+        "topic": [word for word in words if not is_in_prompt(word, asked, name)],
     }
+
+
+def is_in_prompt(entry: str, asked: set[str], name: list[str]) -> bool:
+    """Whether a form of a topic's word stands in the prompt: "hive" where it asks for "hives".
+
+    asked: the prompt's words; name: those of the topic. Nothing that begins as the topic does may
+    stay either: not skiers where the topic is skiing.
+    """
+    for word in asked:
+        if is_form_of(entry, word) or is_form_of(word, entry):
+            return True
+    return any(entry[:3] == word[:3] for word in name if word != "the")
 
 
 def make_rows(part: Part, kinds: list[str], count: int, first_key: int, seed: str) -> list[dict]:

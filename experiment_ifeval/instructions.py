@@ -28,7 +28,8 @@ except ImportError as error:
 langdetect.DetectorFactory.seed = 0  # else it draws, and its verdicts differ from call to call
 logging.getLogger().addFilter(lambda record: "Unable to detect language" not in str(record.msg))
 
-LEAST_WORDS = 6  # an answer of fewer is not on topic; no prompt asks for fewer than 15
+# An answer of fewer is not on topic. The tightest limit in the data is "fewer than 15 words".
+LEAST_WORDS = 6
 # These count sentences, or words in capitals, with nltk's sentence data, which is a download.
 SENTENCE_KINDS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 SENTENCE_DATA = "tokenizers/punkt_tab/english/"
@@ -182,11 +183,12 @@ def is_form_of(entry: str, word: str) -> bool:
     """Whether a word is that of an entry: "hive" has hives, and "pollinat-" all that begins so."""
     if entry.endswith("-"):
         return word.startswith(entry[:-1])
-    endings = ["", "s", "es", "ed", "ing", "er", "ers"]
-    forms = [entry + ending for ending in endings]
+    stem = entry
     if entry.endswith("e"):
-        forms += [entry[:-1] + ending for ending in endings[2:]]  # bake: baked, baking, baker
+        stem = entry[:-1]  # bake: baked, baking
+    elif re.fullmatch("[^aeiou]*[aeiou][bdfgklmnprt]", entry):
+        stem = entry + entry[-1]  # swim: swimming
+    forms = [entry, entry + "s", entry + "es", stem + "ed", stem + "ing"]
     if entry.endswith("y"):
-        forms += [entry[:-1] + ending for ending in ("ies", "ied")]  # fly: flies
-    forms += [entry + entry[-1:] + ending for ending in endings[3:]]  # swim: swimming, swimmer
+        forms += [entry[:-1] + "ies", entry[:-1] + "ied"]  # fly: flies
     return word in forms

@@ -138,13 +138,13 @@ class Config:
     eval_data_path: str | None = None
     # The untrained model earns more with this prompt than with its template's own ("You are a
     # helpful AI assistant ...").
-    system_prompt: str = "Answer in one or two short sentences, and follow every instruction."
+    system_prompt: str = "Answer briefly, and follow every instruction."
     # Training prompts, from the start of the file.
     max_prompts: PositiveInt = 2048
     # Held-out prompts. Higher: a steadier figure, and slower evaluations.
     max_eval_prompts: PositiveInt = 256
     # Kinds of instruction that are not trained on, with commas between: rows with one are left out.
-    # The untrained model follows none of these four in a held-out answer: groups without spread.
+    # The untrained model follows next to none of these four, so their groups have no spread.
     left_out_kinds: str = (
         "change_case:english_capital,change_case:english_lowercase,"
         "combination:repeat_prompt,length_constraints:nth_paragraph_first_word"
@@ -234,13 +234,16 @@ def without_undecided(rows: list[tuple[str, dict]], what: str) -> list[tuple[str
     return decided
 
 
+def kinds_left_out(config: Config) -> list[str]:
+    """The kinds that left_out_kinds names, each of which must be known."""
+    kinds = [kind.strip() for kind in config.left_out_kinds.split(",") if kind.strip()]
+    return kinds_of("--left-out-kinds", {"instruction_id_list": kinds}) if kinds else []
+
+
 def left_out_by(where: str, row: dict, config: Config) -> str:
     """The constant that leaves a row out; "" where it is selected."""
-    if not config.left_out_kinds:
-        return ""
-    left_out = [kind.strip() for kind in config.left_out_kinds.split(",")]
-    left_out = kinds_of("--left-out-kinds", {"instruction_id_list": left_out})  # all known
-    return "left_out_kinds" if set(left_out) & set(kinds_of(where, row)) else ""
+    is_left_out = set(kinds_left_out(config)) & set(kinds_of(where, row))
+    return "left_out_kinds" if is_left_out else ""
 
 
 def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
@@ -336,7 +339,7 @@ def rollout(
                 sampled_log_probs=log_probs[group],
                 truncated=torch.tensor(truncated),
                 completions=tokenizer.batch_decode(ids[group], skip_special_tokens=True),
-                answer=prompt.task,
+                answer=prompt.task,  # what the completions are judged by
             )
             experiences.append(experience)
     return experiences
@@ -447,9 +450,11 @@ def share(values: list[bool]) -> float:
 def evaluate(
     policy, reference, tokenizer, prompts: list[Prompt], config: Config
 ) -> dict[str, float]:
-    """IFEval's four metrics of greedy answers, and how many of the answers are about the request.
+    """Greedy answers: IFEval's four metrics, of all answers and of those on topic; each kind's
+    share; how many are on topic; lengths, and how likely the starting model finds them.
 
-    eval_accuracy: every instruction is followed, strictly, and the answer is on topic.
+    eval_accuracy: every instruction is followed, strictly, and the answer is on topic. As in
+    IFEval, an answer that the token budget cut off counts like any other.
     """
     experiences = rollout(policy, tokenizer, prompts, 1, config)
     judgements = [judge_group(experience)[0] for experience in experiences]
@@ -495,6 +500,7 @@ def start_perplexity(policy, reference, experiences: list[Experience], config: C
         reference = load_pretrained(name, config, policy.device, trainable=False).eval()
     rows = []
     for experience in experiences:
+        # A row carries advantages and weights for the loss, which is not taken here.
         experience.advantages = torch.zeros(1)
         rows += single_rows(experience, [torch.zeros_like(experience.completion_masks[0])])
     log_probs = []

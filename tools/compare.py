@@ -8,9 +8,9 @@ the experiment's own, such as --eval-data-path, --max-eval-prompts, --temperatur
 What counts as right is what the experiment's `evaluate` calls accuracy, of one completion.
 
     accuracy    of greedy answers, with Wilson's 95 % interval
-    p           McNemar's exact paired test of a model against the first one: the probability that
-                chance alone parts them at least this far on the prompts which only one of the two
-                answers rightly
+    p           McNemar's exact test of a model against the first one. It looks at the prompts that
+                exactly one of the two answers rightly. Were they equally good, each of these would
+                be the toss of a coin; p is the chance of a split at least as uneven
     pass@k      the chance that of k sampled answers one is right, by the unbiased estimator of
                 arXiv 2107.03374, averaged over prompts. A trained model that is better at k = 1,
                 and no better at the largest k, has become surer of what the first one could do too
