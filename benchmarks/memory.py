@@ -1,6 +1,6 @@
 """Does it fit? The peak memory of experiment_base on a GPU, computed without one.
 
-    python benchmarks/memory.py                       # the table of README, "What fits"
+    python benchmarks/memory.py                       # a table of many models, in 20 minutes
     python benchmarks/memory.py --model-name Qwen/Qwen2.5-1.5B-Instruct --lora-rank 16 --card 24
     python benchmarks/memory.py --measured            # held against what a card has shown
 
