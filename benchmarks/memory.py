@@ -318,7 +318,7 @@ def estimate(case: Case) -> dict[str, int]:
         peaks = {"training": train_once(policy, replace(micro_batch, **fakes), config, counter)}
         peaks["sampling"] = sample_once(policy, case, config, counter, case.group_size)
         peaks["evaluation"] = sample_once(policy, case, config, counter, 1)
-        del state, reference
+        del state, reference  # alive until here
     return peaks
 
 
@@ -349,9 +349,7 @@ def sample_once(policy, case: Case, config, counter: Counter, group_size: int) -
         last_token(policy, rows, row_of, config)
     else:
         last_token_captured(policy, rows, row_of, config)
-    peak = counter.take_peak()
-    counter.take_peak()
-    return peak
+    return counter.take_peak()
 
 
 def last_token_captured(policy, rows, row_of, config) -> None:
