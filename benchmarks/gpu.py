@@ -44,17 +44,16 @@ import torch
 import transformers
 import tyro
 import vs_trl
+from shapes import SHAPES, model_config_of
 from vs_trl import ROOT, SIDES, now
 
-VOCABULARY = 151_936
-# hidden size, intermediate size, layers, heads, key-value heads, vocabulary: Qwen2.5's,
-# embeddings tied
-SHAPES = {
-    "toy": (64, 128, 2, 4, 2, 512),
-    "0.5b": (896, 4864, 24, 14, 2, VOCABULARY),
-    "1.5b": (1536, 8960, 28, 12, 2, VOCABULARY),
-    "3b": (2048, 11008, 36, 16, 2, VOCABULARY),
+MODELS = {  # in shapes.py
+    "toy": "toy",
+    "0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "3b": "Qwen/Qwen2.5-3B-Instruct",
 }
+SHAPES["toy"] = ("qwen2", 64, 128, 2, 4, 2, 16, 512, True)
 MODES = {"lora": {"lora_rank": 16}, "full": {}}
 BARS = {
     "step_time_ratio": (4.0, None),
@@ -80,17 +79,9 @@ class Options:
 
 
 def save_random_model(shape: str, folder: str) -> None:
-    hidden, intermediate, layers, heads, key_value_heads, vocabulary = SHAPES[shape]
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "data" / "policy_math")
-    config = transformers.Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        tie_word_embeddings=True,
-        max_position_embeddings=32768,
+    config = model_config_of(
+        MODELS[shape],
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -185,13 +176,14 @@ def peak_without_continuous_batching(trl: dict, settings: dict, trials: list[dic
 def decode_bandwidth(options: Options, ours: dict, copy_bandwidth: float, rows: int) -> float:
     """Seconds that the memory needs at least for a rollout,
     over the seconds that it took (prompts left out)."""
-    hidden, intermediate, layers, heads, key_value_heads, vocabulary = SHAPES[options.model]
+    shape = model_config_of(MODELS[options.model])
+    hidden, layers = shape.hidden_size, shape.num_hidden_layers
+    kv_width = shape.num_key_value_heads * shape.head_dim
     size = 2 if options.device == "cuda" else 4  # bytes: bfloat16 and float32
-    kv_width = key_value_heads * hidden // heads
-    weights = (
-        layers * (2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * intermediate)
-        + vocabulary * hidden
+    weights = layers * (
+        2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * shape.intermediate_size
     )
+    weights += shape.vocab_size * hidden
     kv_reads = sum(rows * 2 * layers * kv_width * t for t in range(options.max_new_tokens))
     return (
         (options.max_new_tokens * weights + kv_reads)
