@@ -54,13 +54,16 @@ def run_seed(
 
 
 def run_once(name: str, flags: list[str], config, experiment: Path) -> list[dict]:
-    """Lines of metrics.jsonl of a run, which is made where it is not complete under --log-dir."""
+    """Lines of metrics.jsonl of a run, which is made, or gone on with, where it is not complete."""
     path = config.log_dir / name / "metrics.jsonl"
-    if not (path.is_file() and "eval_accuracy" in path.read_text().splitlines()[-1]):
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if len(lines) < 2 or "eval_accuracy" not in lines[-1]:
         command = [sys.executable, str(experiment / "train.py"), "--run-name", name, *flags]
         command += ["--log-dir", str(config.log_dir)]
         command += ["--checkpoint-path", str(config.checkpoint_path)]
-        subprocess.run(command, check=True)
+        command += ["--resume"] if path.is_file() else []
+        if subprocess.run(command).returncode:
+            sys.exit(f"error: the run {name} has ended early, see above")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

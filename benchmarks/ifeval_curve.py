@@ -133,6 +133,9 @@ def draw(runs: dict[str, list[dict]], config: Config, path: Path) -> None:
 
 
 def main(config: Config) -> None:
+    if not config.seeds:
+        sys.exit("error: --seeds: name at least one")
+    config.results.mkdir(parents=True, exist_ok=True)
     first = config.seeds[0]
     plan = {f"seed_{seed}": ["--seed", str(seed)] for seed in config.seeds}
     plan["gamed"] = ["--seed", str(first), "--no-honest"]

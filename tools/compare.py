@@ -74,13 +74,17 @@ def pass_at_k(right: int, n: int, k: int) -> float:
 
 # ---------------------------------------------------------------- one model
 def load_train(experiment: str):
-    """The module train.py of an experiment."""
-    folder = ROOT / experiment
+    """The module train.py of an experiment. One program can load one."""
+    folder = (ROOT / experiment).resolve()
     if not (folder / "loss.py").is_file():
         names = sorted(path.parent.name for path in ROOT.glob("experiment_*/loss.py"))
         fail(f"{experiment} is no experiment that can be compared; there are {', '.join(names)}")
     sys.path.insert(0, str(folder))
-    return importlib.import_module("train")
+    train = importlib.import_module("train")
+    loaded = Path(train.__file__).resolve().parent
+    if loaded != folder:
+        fail(f"{loaded.name} is loaded already: start Python anew")
+    return train
 
 
 def split_group(experience) -> list:
@@ -177,6 +181,8 @@ def describe(experience, tokenizer) -> dict:
 # ---------------------------------------------------------------- all models
 def compare(options: Options, flags: list[str]) -> dict:
     """The results, as they are written to the JSON file. flags: of the experiment's Config."""
+    if not options.models:
+        fail("name at least one model, behind the experiment and before its flags")
     if len(set(options.models)) < len(options.models):
         fail("a model is named twice")
     if options.samples < 0 or options.samples == 1:
@@ -186,6 +192,12 @@ def compare(options: Options, flags: list[str]) -> dict:
     config = replace(config, max_steps=0, kl_weight=0.0)  # no reference is needed
     if not config.load_in_4bit:
         config = replace(config, lora_rank=0)  # 4-bit weights need an adapter, here a fresh one
+    if options.samples > config.sample_rows:
+        most = f"the {config.sample_rows} of --sample-rows, which are sampled at once"
+        fail(f"--samples {options.samples}: is more than {most}; lower it, or raise --sample-rows")
+    for name in options.models:  # a wrong name is noticed before anything is sampled
+        with contextlib.redirect_stdout(io.StringIO()):  # what is said is said again below
+            train.load_tokenizer(replace(config, model_name=name))
     ks = [2**i for i in range(options.samples.bit_length())]
     if options.samples and ks[-1] != options.samples:
         ks.append(options.samples)
@@ -284,22 +296,23 @@ def to_markdown(results: dict, shown: int) -> str:
 def side_by_side(first: dict, other: dict, shown: int) -> list[str]:
     """Prompts that only one of two models answers rightly, with both answers."""
     prompts = [answer["prompt"] for answer in first["greedy"]]
-    before = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
-    behind = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1]
-    if len(prompts) == 1:
-        behind = ""
+    before = 0
+    behind = ""
+    if len(set(prompts)) > 1:
+        before = len(os.path.commonprefix(prompts))
+        behind = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1]
     _, line_end, behind = behind.partition("\n")  # such as "assistant", which the template writes
-    parts = []
+    parting = []
     for prompt, a, b in zip(prompts, first["greedy"], other["greedy"]):
         if a["right"] != b["right"]:
-            marks = ("right", "wrong") if a["right"] else ("wrong", "right")
-            parts += [fenced(prompt[before:].removesuffix(line_end + behind).strip()), ""]
-            parts += [f"the first, {marks[0]}:", "", fenced(a["completion"]), ""]
-            parts += [f"this one, {marks[1]}:", "", fenced(b["completion"]), "", "---", ""]
-            shown -= 1
-        if shown <= 0:
-            break
-    return parts or ["Nowhere."]
+            parting.append((prompt, a, b))
+    lines = [f"On {len(parting)} prompts.", ""] if parting else ["Nowhere."]
+    for prompt, a, b in parting[: max(shown, 0)]:
+        marks = ("right", "wrong") if a["right"] else ("wrong", "right")
+        lines += [fenced(prompt[before:].removesuffix(line_end + behind).strip()), ""]
+        lines += [f"the first, {marks[0]}:", "", fenced(a["completion"]), ""]
+        lines += [f"this one, {marks[1]}:", "", fenced(b["completion"]), "", "---", ""]
+    return lines
 
 
 def plot(results: dict, path: Path) -> None:
@@ -310,7 +323,8 @@ def plot(results: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     models = results["models"]
-    labels = labels_of(list(models))
+    # matplotlib takes $ for a formula, and leaves out a label that begins with _.
+    labels = {name: " " + label.replace("$", r"\$") for name, label in labels_of([*models]).items()}
     columns = 2 if results["samples"] else 1
     figure, panels = pyplot.subplots(1, columns, figsize=(6 * columns, 4), squeeze=False)
     for i, (name, model) in enumerate(models.items()):
@@ -342,16 +356,35 @@ def paths_of(output: Path) -> list[Path]:
     suffixes = (".md", ".json", ".png")
     if output.suffix in suffixes:
         output = output.with_suffix("")
+    if not output.name:
+        fail(f"--output {output}: names no file")
     return [output.with_name(output.name + suffix) for suffix in suffixes]
 
 
+def check_paths(output: Path, paths: list[Path]) -> None:
+    """End the program where the files cannot be written, or would replace a user's."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        fail("the package matplotlib is missing; pip install -r requirements-dev.txt")
+    try:
+        existing = [path for path in paths if path.exists()]
+        if existing and len(existing) < len(paths):
+            fail(f"--output {output}: {existing[0]} exists, and is not of an earlier comparison")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            path.open("a").close()
+            if path not in existing:
+                path.unlink()
+    except OSError as error:
+        fail(f"--output {output}: cannot be written ({error.strerror})")
+
+
 def main(options: Options, flags: list[str]) -> None:
-    markdown, figures, picture = paths_of(options.output)
-    for path in (markdown, figures, picture):
-        if path.is_dir():
-            fail(f"--output {options.output}: {path} is a directory")
+    paths = paths_of(options.output)
+    check_paths(options.output, paths)
     results = compare(options, flags)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    markdown, figures, picture = paths
     text = to_markdown(results, options.shown)
     markdown.write_text(text, encoding="utf-8")
     figures.write_text(json.dumps(results, indent=1), encoding="utf-8")
