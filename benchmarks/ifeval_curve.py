@@ -128,6 +128,7 @@ def draw(runs: dict[str, list[dict]], config: Config, path: Path) -> None:
         panel.set_ylim(0, 1)
         panel.grid(alpha=0.3)
         panel.legend()
+    panels[0].legend(loc=(0.02, 0.42), ncols=2, fontsize="x-small")  # between its curves
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
