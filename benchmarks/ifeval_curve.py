@@ -34,7 +34,15 @@ UNSEEN = (
     "startend:quotation",
 )
 PRINTED = ("eval_accuracy", "eval_on_topic", "eval_prompt_strict", "eval_instruction_strict")
-STEP = ("reward", "accuracy", "instructions", "on_topic", "completion_length", "distinct_fraction")
+STEP = (
+    "reward",
+    "accuracy",
+    "instructions",
+    "on_topic",
+    "completion_length",
+    "distinct_fraction",
+    "zero_std_fraction",
+)
 
 
 @dataclass
