@@ -266,7 +266,7 @@ def test_a_language_is_told_alike_each_time():
         ({"kwargs": 3}, "must be a list of 1 objects"),
         ({"kwargs": [{"num_words": 3}]}, "cannot be checked"),
         ({"topic": "bread"}, "'topic' must be a list of words"),
-        ({"topic": [3]}, "'topic' must be a list of words"),
+        ({"topic": [3]}, "'topic' holds '3'"),
         # Bug: what a checker is not told it draws, so that an answer is right at random.
         (
             {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{}]},
