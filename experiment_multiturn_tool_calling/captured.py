@@ -29,6 +29,8 @@ BLOCK = 128  # tokens
 
 def can_capture(policy, config) -> bool:
     """Whether the policy is on a CUDA device, not in 4 bits, and attends to all earlier tokens."""
+    if not isinstance(policy, torch.nn.Module):  # held in parts, by several processes
+        return False
     if policy.device.type != "cuda" or config.load_in_4bit:
         return False
     return can_pack(unwrap(policy).config, config.max_length)

@@ -470,7 +470,10 @@ def optimizer_step(policy, optimizer, scaler, config) -> float:
     """
     scaler.unscale_(optimizer)  # before clipping, whose bound is in the loss's own scale
     max_norm = config.max_norm or math.inf  # 0: no clipping
-    norm = clip_grad_norm_(policy.parameters(), max_norm).item()
+    norm = clip_grad_norm_(policy.parameters(), max_norm)
+    if hasattr(norm, "full_tensor"):  # of weights that processes hold in parts (FSDP)
+        norm = norm.full_tensor()
+    norm = norm.item()
     if math.isfinite(norm):
         scaler.step(optimizer)
     scaler.update()

@@ -11,6 +11,7 @@ from helpers import ROOT, load_experiment
 drgrpo = load_experiment("experiment_drgrpo")
 LESSON = ("train.py", "loss.py", "replay_buffer.py")
 MOST_CHANGED_LINES = {
+    "experiment_accelerate": 120,
     "experiment_drgrpo": 20,
     "experiment_dapo": 105,
     "experiment_ifeval": 330,

@@ -1,0 +1,132 @@
+"""Step time of experiment_accelerate in one process and in two, of one thread each, and the bytes
+that a process sends.
+
+    python benchmarks/scaling.py        # 5 minutes; a machine with two cores and no GPU
+
+The embedded policy, the default step (16 prompts x 8 completions, two updates, KL 0.01). The runs
+take turns, and of each the median over its steps after the first two counts. Prints, and writes
+into results/scaling.json,
+
+    efficiency    the step's seconds in one process, over twice those in two
+    bytes         sent a step by one process, read off the loopback device, in which gloo's packets
+                  travel; other programs must be silent. Beside it the theory of n processes:
+
+        DDP      2 (n - 1) / n  x  the gradient      for each update                 (all-reduce)
+        FSDP2      (n - 1) / n  x  the weights       for each forward of a micro-batch  (gather)
+                   (n - 1) / n  x  the weights       for each backward, which gathers them again
+                   (n - 1) / n  x  the gradient      for each backward          (reduce-scatter)
+                   (n - 1) / n  x  the weights       once, for sampling
+
+                  The completions, which the ranks tell each other, come on top.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import tyro
+from vs_trl import ROOT, describe_machine
+
+EXPERIMENT = ROOT / "experiment_accelerate"
+COUNTING = Path(__file__).with_name("counted_ranks.py")
+sys.path.insert(0, str(EXPERIMENT))
+import train  # noqa: E402
+from model import load_model  # noqa: E402
+
+
+@dataclass
+class Options:
+    rounds: int = 3  # runs of each
+    steps: int = 8  # of a run, the first two of which do not count
+    output: Path = ROOT / "results" / "scaling.json"
+
+
+def run(how: str, steps: int, folder: str, script: Path = EXPERIMENT / "train.py") -> list[dict]:
+    """Lines of metrics.jsonl. how: the name of a configuration file, without its ending."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(EXPERIMENT / f"{how}.yaml"), "--num_cpu_threads_per_process=1"]
+    if how == "fsdp":
+        command += ["--main_process_port", "0"]
+    command += [str(script), "--run-name", how, "--log-dir", folder]
+    command += ["--checkpoint-path", folder, "--checkpoint-interval", "0", "--eval-interval", "0"]
+    command += ["--max-eval-prompts", "16", "--max-steps", str(steps)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)}\n{done.stderr[-2000:]}")
+    path = Path(folder) / how / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    return lines
+
+
+def seconds_a_step(lines: list[dict]) -> float:
+    ends = [line["elapsed_seconds"] for line in lines]
+    return median(after - before for before, after in zip(ends[2:], ends[3:]))
+
+
+def loopback_bytes() -> int:
+    """Bytes that all programs of this machine have sent to one another."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, numbers = line.partition(":")
+        if name.strip() == "lo":
+            return int(numbers.split()[8])
+    sys.exit("error: /proc/net/dev has no loopback device")
+
+
+def bytes_a_step(how: str) -> tuple[float, float]:
+    """Sent by one of two processes, and the micro-batches of each: what four more steps bring, so
+    that the start and the last evaluation do not count."""
+    sent = []
+    micro_batches = []
+    for steps in (2, 6):
+        with tempfile.TemporaryDirectory() as folder:
+            before = loopback_bytes()
+            run(how, steps, folder, script=COUNTING)
+            sent.append(loopback_bytes() - before)
+            micro_batches.append(int((Path(folder) / "micro_batches").read_text()))
+    return (sent[1] - sent[0]) / 4 / 2, (micro_batches[1] - micro_batches[0]) / 4
+
+
+def bytes_in_theory(how: str, micro_batches: float) -> float:
+    """A step of two processes in float32 with a KL term, as in the header.
+
+    micro_batches: those of one rank in a step, each of which the reference forwards too.
+    """
+    config = train.Config(precision="float32")
+    policy, _ = load_model(config, train.torch.device("cpu"))
+    weights = 4 * sum(parameter.numel() for parameter in policy.parameters())
+    if how == "cpu":
+        updates = config.rollouts_per_step * config.group_size // config.train_batch_size
+        return weights * updates
+    forwards = 2 * micro_batches  # the policy's and the reference's
+    return 0.5 * weights * (forwards + 2 * micro_batches + 1)
+
+
+def main(options: Options) -> None:
+    times = {"single": [], "cpu": [], "fsdp": []}
+    for _ in range(options.rounds):
+        for how, seconds in times.items():
+            with tempfile.TemporaryDirectory() as folder:
+                seconds.append(seconds_a_step(run(how, options.steps, folder)))
+    report = {
+        "command": "python benchmarks/scaling.py",
+        "machine": describe_machine(),
+        "seconds_a_step": times,
+        "efficiency_ddp": median(a / (2 * b) for a, b in zip(times["single"], times["cpu"])),
+        "efficiency_fsdp": median(a / (2 * b) for a, b in zip(times["single"], times["fsdp"])),
+    }
+    for how in ("cpu", "fsdp"):
+        sent, micro_batches = bytes_a_step(how)
+        report[f"bytes_{how}"] = {"a_step": sent, "theory": bytes_in_theory(how, micro_batches)}
+    print(json.dumps(report, indent=1))
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,116 @@
+"""Run by test_accelerate.py in several processes: a few updates on made-up groups for each of some
+settings, and what came of them. Groups and weights do not depend on the number of processes.
+
+    torchrun --nproc_per_node 2 tests/ranks_worker.py settings.json results.pt
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiment_accelerate"))
+
+import train  # noqa: E402
+from ranks import Ranks, bare, is_filler  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+
+
+def make_groups(config, without_spread: list[int]):
+    """Ragged groups of random ids. Those named by number have advantages of 0."""
+    generator = torch.Generator().manual_seed(5)
+    groups = []
+    for number in range(config.rollouts_per_step):
+        lengths = torch.randint(1, 12, (config.group_size,), generator=generator).tolist()
+        draw = lambda n: torch.randint(3, 40, (n,), generator=generator)  # noqa: E731
+        advantages = torch.linspace(-1.0, 1.5, config.group_size)
+        if number in without_spread:
+            advantages = torch.zeros(config.group_size)
+        groups.append(
+            train.Experience(
+                prompt_ids=draw(4 + number),
+                completion_ids=[draw(length) for length in lengths],
+                completion_masks=[torch.ones(length) for length in lengths],
+                sampled_log_probs=[
+                    -5 - torch.rand(length, generator=generator) for length in lengths
+                ],
+                truncated=torch.zeros(config.group_size),
+                completions=[""] * config.group_size,
+                answer="0",
+                advantages=advantages,
+            )
+        )
+    return groups
+
+
+def whole(tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def updates(ranks: Ranks, settings: dict) -> dict:
+    """Gradients of each update, weights after the last, and figures."""
+    dtype = getattr(torch, settings.pop("dtype"))
+    without_spread = settings.pop("without_spread")
+    config = train.Config(**settings)
+    device = torch.device("cpu")
+    policy, reference = train.load_model(config, device)
+    if not config.load_in_4bit:
+        policy.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:  # else the adapter does nothing, and A has no gradient
+            parameter.data.normal_(std=0.05, generator=generator)
+    if reference is not None:
+        reference.to(dtype)
+    model = ranks.wrap(policy)
+    reference = reference and ranks.wrap(reference)
+    optimizer = train.make_optimizer(policy, config)
+    scaler = train.make_scaler(config, device)
+    objective = train.GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
+    buffer = train.ReplayBuffer(packed=True)
+    buffer.extend(make_groups(config, without_spread))
+    batches = []
+    for batch in buffer.batches(config, torch.Generator().manual_seed(2)):
+        batches.append(ranks.share_of(batch))
+    train.add_old_and_reference_log_probs(model, reference, batches, config)
+    gradients = []
+    model.train()
+    for batch in batches:
+        if not batch:
+            continue
+        for micro_batch in batch:
+            with ranks.without_sync(model, is_last=micro_batch is batch[-1]):
+                log_probs = model(train.sequences_log_probs, micro_batch, config)
+                loss = objective(log_probs, micro_batch)
+                if is_filler(micro_batch):
+                    objective.token_sums.pop()
+                scaler.scale(ranks.count * loss).backward()
+        found = {}
+        for name, parameter in bare(model).policy.named_parameters():
+            if parameter.requires_grad:
+                found[name] = whole(parameter.grad) / scaler.get_scale()
+        gradients.append(found)
+        train.optimizer_step(policy, optimizer, scaler, config)
+    weights = {}
+    for name, parameter in bare(model).policy.named_parameters():
+        weights[name] = whole(parameter).detach().clone()
+    sums = ranks.sums_of_all(objective.token_sums)
+    figures = train.loss_metrics(sums, [1.0] * len(gradients))
+    return {"gradients": gradients, "weights": weights, "figures": figures}
+
+
+def main(settings_path: str, result_path: str) -> None:
+    ranks = Ranks()
+    results = {}
+    for name, settings in json.loads(Path(settings_path).read_text()).items():
+        results[name] = updates(ranks, settings)
+    if ranks.is_first:
+        torch.save(results, result_path)
+    if ranks.count > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
