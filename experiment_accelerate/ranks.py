@@ -4,7 +4,7 @@ Plumbing of this experiment alone. `accelerate launch` starts the processes and 
 variables how the weights are held:
 
     one process     nothing below exchanges anything
-    DDP             every rank has all weights; gradients are averaged in the backward pass
+    DDP             every rank has all weights; gradients are added in the backward pass
     FSDP2           every rank has a part of each weight, and gathers a layer when it is its turn
 """
 
@@ -19,7 +19,7 @@ from functools import partialmethod
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from model import halve_linear_layers, load_model, unwrap
 from run import Run, fail, first_line
 from torch import nn
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 # Whole tensors, on the CPU of rank 0.
@@ -52,7 +53,7 @@ class Inside(nn.Module):
     """function(policy, ...) as the forward of one module.
 
     DDP and FSDP act in the forward of the module that they wrap. A decoder that is called past it
-    would have no gradients averaged, and no weights gathered.
+    would have no gradients added, and no weights gathered.
     """
 
     def __init__(self, policy) -> None:
@@ -69,11 +70,9 @@ class Ranks:
     def __init__(self) -> None:
         # It would leave the weights of all ranks but the first to be sent, which nothing here does.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        # No second copy of the gradient.
-        ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # while rank 0 saves, say
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp, patience]
+            cpu=not torch.cuda.is_available(), kwargs_handlers=[patience]
         )
         self.count = self.accelerator.num_processes
         self.rank = self.accelerator.process_index
@@ -168,7 +167,11 @@ class Ranks:
         return torch.device("cpu") if self.sharded else device
 
     def wrap(self, policy) -> nn.Module:
-        """`Inside(policy)`, whose weights and gradients are shared as the launcher says."""
+        """`Inside(policy)`, whose weights and gradients are shared as the launcher says.
+
+        Gradients are added over the ranks, not averaged: each rank's loss is its part of the
+        batch's weighted sum.
+        """
         model = Inside(policy)
         if self.sharded:
             device = self.accelerator.device.type
@@ -177,12 +180,15 @@ class Ranks:
                 "offload_policy": CPUOffloadPolicy() if self.offloaded else OffloadPolicy(),
                 "reshard_after_forward": True,  # the root too, whose default is False
             }
-            for layer in unwrap(policy).get_decoder().layers:
-                fully_shard(layer, **arguments)
-            return fully_shard(model, **arguments)
+            for part in [*unwrap(policy).get_decoder().layers, model]:
+                fully_shard(part, **arguments)
+                part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)
+            return model
         is_trained = any(parameter.requires_grad for parameter in policy.parameters())
         if self.count > 1 and is_trained:
-            model = self.accelerator.prepare_model(model)
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            model.register_comm_hook(None, add_over_ranks)
         return model
 
     def without_sync(self, model, is_last: bool):
@@ -190,7 +196,7 @@ class Ranks:
 
         FSDP exchanges them every time: to keep them whole until the end would take their memory.
         """
-        if is_last or not isinstance(model, nn.parallel.DistributedDataParallel):
+        if is_last or not isinstance(model, DistributedDataParallel):
             return nullcontext()
         return model.no_sync()
 
@@ -272,6 +278,12 @@ class Together:
         while count_of_all(False, self.device):
             with torch.no_grad():
                 self.model(lambda policy: policy(token))
+
+
+def add_over_ranks(state, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """What DDP does with a part of the gradient. Its default divides by the number of ranks."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
 
 
 def count_of_all(flag: bool, device) -> int:

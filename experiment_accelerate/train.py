@@ -535,9 +535,7 @@ def main(config: Config) -> None:
                         loss = objective(log_probs, micro_batch)
                         if is_filler(micro_batch):
                             objective.token_sums.pop()  # it is no part of the batch
-                        # The ranks' gradients are averaged, and their sum is meant.
-                        # scale: for float16, else it does nothing
-                        scaler.scale(ranks.count * loss).backward()
+                        scaler.scale(loss).backward()  # scale: for float16, else it does nothing
                 grad_norms.append(optimizer_step(policy, optimizer, scaler, config))
         ranks.gather_weights(policy, sampler)
         run.check_updates(grad_norms)  # ends the run where none is finite any more

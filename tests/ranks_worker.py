@@ -49,6 +49,16 @@ def whole(tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def norms_in_float64(model: torch.nn.Module) -> None:
+    """Qwen2's own compute in float32, whatever the weights' precision."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "Qwen2RMSNorm":
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+
+
 def updates(ranks: Ranks, settings: dict) -> dict:
     """Gradients of each update, weights after the last, and figures."""
     dtype = getattr(torch, settings.pop("dtype"))
@@ -56,14 +66,15 @@ def updates(ranks: Ranks, settings: dict) -> dict:
     config = train.Config(**settings)
     device = torch.device("cpu")
     policy, reference = train.load_model(config, device)
-    if not config.load_in_4bit:
-        policy.to(dtype)
+    for model in filter(None, (policy, reference)):
+        if not config.load_in_4bit:
+            model.to(dtype)
+        if dtype == torch.float64:
+            norms_in_float64(model)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # else the adapter does nothing, and A has no gradient
             parameter.data.normal_(std=0.05, generator=generator)
-    if reference is not None:
-        reference.to(dtype)
     model = ranks.wrap(policy)
     reference = reference and ranks.wrap(reference)
     optimizer = train.make_optimizer(policy, config)
@@ -86,7 +97,7 @@ def updates(ranks: Ranks, settings: dict) -> dict:
                 loss = objective(log_probs, micro_batch)
                 if is_filler(micro_batch):
                     objective.token_sums.pop()
-                scaler.scale(ranks.count * loss).backward()
+                scaler.scale(loss).backward()
         found = {}
         for name, parameter in bare(model).policy.named_parameters():
             if parameter.requires_grad:

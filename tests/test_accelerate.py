@@ -25,11 +25,11 @@ DEFAULTS = dict(
     without_spread=[],
     model_name=str(POLICY),
     group_size=4,
-    rollouts_per_step=6,
-    train_batch_size=8,
-    micro_batch_tokens=40,
+    rollouts_per_step=9,
+    train_batch_size=12,  # 3 updates, of 3 groups each
+    micro_batch_tokens=40,  # a group fills one
     kl_weight=0.01,
-    lr=1e-3,
+    lr=1e-4,
 )
 HOW = [(2, False), (3, False), (2, True), (3, True)]  # processes, and whether FSDP
 
@@ -39,10 +39,11 @@ def all_settings() -> dict[str, dict]:
     for critic_type, kl_weight, lora_rank in product(["grpo", "drgrpo", "dapo"], [0, 0.01], [0, 4]):
         name = f"{critic_type}-kl{kl_weight}-lora{lora_rank}"
         found[name] = dict(critic_type=critic_type, kl_weight=kl_weight, lora_rank=lora_rank)
-    # Few micro-batches, or one: ranks that have none take part with weights of 0.
-    for without_spread in ([0, 2], [0, 1, 2, 3, 4]):
-        changes = dict(kl_weight=0, without_spread=without_spread, train_batch_size=12)
-        found[f"{len(without_spread)} groups without spread"] = changes
+    # Without KL, groups without spread are left out. With one that has it, all but one rank take
+    # part with weights of 0.
+    for count in (2, 8):
+        changes = dict(kl_weight=0, without_spread=list(range(count)), train_batch_size=36)
+        found[f"{count} groups without spread"] = changes
     found["float32"] = dict(dtype="float32")
     found["float32-lora"] = dict(dtype="float32", lora_rank=4)
     # A micro-batch is rounded alike on every rank, so their sum is as exact as in float32.
@@ -90,11 +91,20 @@ def results(tmp_path_factory):
 
 
 def assert_same(found: dict, expected: dict, tolerance: float) -> None:
+    """tolerance: of the first gradient, relative. Those of later updates are at other weights,
+    which differ by rounding, so there it is ten times as large."""
     assert len(found["gradients"]) == len(expected["gradients"]) >= 1
-    for ours, theirs in zip(found["gradients"], expected["gradients"]):
+    compared = 0
+    for update, (ours, theirs) in enumerate(zip(found["gradients"], expected["gradients"])):
         assert ours.keys() == theirs.keys()
+        length = torch.cat([gradient.flatten() for gradient in theirs.values()]).norm()
         gap = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours]).norm()
-        assert gap <= tolerance * torch.cat([g.flatten() for g in theirs.values()]).norm()
+        if length.isfinite():  # float16's first loss scales are too large, and updates skipped
+            assert gap <= tolerance * length * (10 if update else 1)
+            compared += 1
+        else:
+            assert not gap.isfinite()
+    assert compared
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, atol=1e-5, rtol=1e-5)
     for name, figure in expected["figures"].items():
