@@ -236,7 +236,11 @@ class Ranks:
         if not self.sharded:
             return None
         is_adapter = hasattr(policy, "peft_config")
-        return get_model_state_dict(policy, options=replace(WHOLE, ignore_frozen_params=is_adapter))
+        options = replace(WHOLE, ignore_frozen_params=is_adapter)
+        weights = get_model_state_dict(policy, options=options)
+        for name in weights.keys() - names_of_weights(policy):  # a second name of a tied weight
+            del weights[name]
+        return weights
 
     def optimizer_state(self, model, optimizer) -> dict:
         """The optimizer's whole state, by the names of the weights: it fits any number of ranks."""
@@ -308,6 +312,10 @@ def named_loss_of_a_rank():
             raise
         hint = "it may have said why; --resume goes on from the last checkpoint"
         fail(f"another process has ended: {hint} ({first_line(error)[:100]})")
+
+
+def names_of_weights(policy) -> set[str]:
+    return {name for name, _ in [*policy.named_parameters(), *policy.named_buffers()]}
 
 
 class WithWeights:

@@ -1,18 +1,26 @@
-"""experiment_accelerate: several processes compute what one computes."""
+"""experiment_accelerate: several processes compute what one computes.
+
+Starting processes takes most of the time. So the tests share runs, and a part of the matrix, marked
+`long`, is a command of its own: pytest -m long tests/test_accelerate.py (6 minutes).
+"""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers import POLICY, ROOT
+import tyro
+from helpers import POLICY, ROOT, load_experiment
 
 WORKER = ROOT / "tests" / "ranks_worker.py"
 KILLED = ROOT / "tests" / "killed_rank.py"
@@ -44,19 +52,27 @@ def all_settings() -> dict[str, dict]:
     for count in (2, 8):
         changes = dict(kl_weight=0, without_spread=list(range(count)), train_batch_size=36)
         found[f"{count} groups without spread"] = changes
-    found["float32"] = dict(dtype="float32")
-    found["float32-lora"] = dict(dtype="float32", lora_rank=4)
-    # A micro-batch is rounded alike on every rank, so their sum is as exact as in float32.
-    for precision, lora_rank in product(["bfloat16", "float16"], [0, 4]):
-        changes = dict(dtype="float32", precision=precision, lora_rank=lora_rank)
-        found[f"{precision}-lora{lora_rank}"] = changes
     for lora_rank in (0, 4):
+        found[f"float32-lora{lora_rank}"] = dict(dtype="float32", lora_rank=lora_rank)
+        # A micro-batch is rounded alike on every rank, so their sum is as exact as in float32.
+        for precision in ("bfloat16", "float16"):
+            changes = dict(dtype="float32", precision=precision, lora_rank=lora_rank)
+            found[f"{precision}-lora{lora_rank}"] = changes
         changes = dict(gradient_checkpointing=True, lora_rank=lora_rank)
         found[f"checkpointing-lora{lora_rank}"] = changes
+    found[FOUR_BITS] = dict(dtype="float32", load_in_4bit=True, lora_rank=4)
     return {name: DEFAULTS | changes for name, changes in found.items()}
 
 
+FOUR_BITS = "4 bits"  # not with FSDP
 SETTINGS = all_settings()
+# Each value of each setting, and each pair with the critic_type: the others are marked `long`.
+SHORT = [
+    *("grpo-kl0-lora4", "drgrpo-kl0-lora4", "dapo-kl0-lora4"),
+    *("grpo-kl0.01-lora0", "drgrpo-kl0.01-lora0", "dapo-kl0.01-lora0"),
+    *("8 groups without spread", "float32-lora0", "bfloat16-lora0", "float16-lora4"),
+    *("checkpointing-lora4", FOUR_BITS),
+]
 
 
 def run_worker(folder: Path, processes: int, sharded: bool, settings: dict[str, dict]) -> dict:
@@ -80,14 +96,12 @@ def environment_of(sharded: bool) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """(processes, whether FSDP) -> name of the settings -> what came of them."""
-    found = {}
-    for processes, sharded in [(1, False), *HOW]:
-        folder = tmp_path_factory.mktemp("ranks")
-        found[processes, sharded] = run_worker(folder, processes, sharded, SETTINGS)
-    return found
+@cache
+def results(processes: int, sharded: bool, names: tuple[str, ...]) -> dict:
+    """What came of the settings with these names."""
+    chosen = {name: SETTINGS[name] for name in names if not (sharded and name == FOUR_BITS)}
+    with tempfile.TemporaryDirectory() as folder:
+        return run_worker(Path(folder), processes, sharded, chosen)
 
 
 def assert_same(found: dict, expected: dict, tolerance: float) -> None:
@@ -108,22 +122,23 @@ def assert_same(found: dict, expected: dict, tolerance: float) -> None:
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, atol=1e-5, rtol=1e-5)
     for name, figure in expected["figures"].items():
-        assert found["figures"][name] == pytest.approx(figure, rel=1e-4, abs=1e-6), name
+        if figure is None:  # kl, where its weight is 0
+            assert found["figures"][name] is None
+        else:
+            assert found["figures"][name] == pytest.approx(figure, rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("how", HOW, ids=str)
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_number_of_processes_has_the_gradient_of_one(results, name, how):
+@pytest.mark.parametrize("processes, sharded", HOW)
+@pytest.mark.parametrize(
+    "names", [tuple(SHORT), pytest.param(tuple(set(SETTINGS) - set(SHORT)), marks=pytest.mark.long)]
+)
+def test_every_number_of_processes_has_the_gradient_of_one(processes, sharded, names):
     """And the same weights after the last update, and the same figures."""
-    is_exact = SETTINGS[name]["dtype"] == "float64"
-    assert_same(results[how][name], results[1, False][name], 1e-10 if is_exact else 1e-6)
-
-
-def test_4_bit(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    settings = {"4 bit": DEFAULTS | dict(dtype="float32", load_in_4bit=True, lora_rank=4)}
-    expected = run_worker(tmp_path, 1, False, settings)["4 bit"]
-    assert_same(run_worker(tmp_path, 2, False, settings)["4 bit"], expected, tolerance=1e-6)
+    expected = results(1, False, names)
+    for name, found in results(processes, sharded, names).items():
+        print(name)  # which of them, where it fails
+        is_exact = SETTINGS[name]["dtype"] == "float64"
+        assert_same(found, expected[name], 1e-10 if is_exact else 1e-6)
 
 
 # ---------------------------------------------------------------- whole runs
@@ -168,60 +183,111 @@ def lines_of(tmp_path, run_name: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.fixture(scope="module")
+def run_of_three_steps(tmp_path_factory):
+    """A function: (processes, sharded, further flags) -> the folder of such a run. It runs once."""
+
+    @cache
+    def folder_of(processes: int, sharded: bool = False, *more: str) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        finish(launch(folder, processes, *SIZE, "--max-steps", "3", *more, sharded=sharded))
+        return folder
+
+    return folder_of
+
+
+def resume_after_step_2(folder: Path, target: Path, processes: int, *more: str, sharded: bool):
+    """Continue a copy of a run whose last checkpoint is that of step 2, to its end."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    shutil.rmtree(target / "out" / "experiment_accelerate" / "run" / "step_000003")
+    flags = (*SIZE, "--max-steps", "3", "--resume", *more)
+    output = finish(launch(target, processes, *flags, sharded=sharded))
+    assert "resuming run" in output
+    assert [line["step"] for line in lines_of(target, "run")] == [0, 1, 2, 3]
+
+
+# 6 groups divide among 1, 2 and 3.
+SIZE = ("--run-name", "run", "--rollouts-per-step", "6")
+LORA = ("--lora-rank", "4")
+STEPS_2_AND_3 = ("step_000002", "step_000003")
+
+
 @pytest.mark.parametrize(
     "processes, sharded, more",
     [
         (2, False, ()),
         (2, True, ()),
-        (3, False, ()),
-        (2, False, ("--lora-rank", "4")),
-        (2, True, ("--lora-rank", "4")),
+        pytest.param(3, False, (), marks=pytest.mark.long),
+        pytest.param(3, True, (), marks=pytest.mark.long),
+        pytest.param(2, False, LORA, marks=pytest.mark.long),
+        pytest.param(2, True, LORA, marks=pytest.mark.long),
     ],
 )
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, processes, sharded, more):
-    size = ("--rollouts-per-step", "6", *more)
-    for name, steps in (("whole", "4"), ("parts", "2")):
-        flags = ("--run-name", name, "--max-steps", steps, *size)
-        finish(launch(tmp_path, processes, *flags, sharded=sharded))
-    flags = ("--run-name", "parts", "--max-steps", "4", "--resume", *size)
-    finish(launch(tmp_path, processes, *flags, sharded=sharded))
-    expected = weights_of(tmp_path, "whole", 4)
-    for name, weight in weights_of(tmp_path, "parts", 4).items():
+def test_a_resumed_run_is_the_same_bit_for_bit(
+    tmp_path, run_of_three_steps, processes, sharded, more
+):
+    folder = run_of_three_steps(processes, sharded, *more)
+    resume_after_step_2(folder, tmp_path, processes, *more, sharded=sharded)
+    expected = weights_of(folder, "run", 3)
+    for name, weight in weights_of(tmp_path, "run", 3).items():
         assert torch.equal(weight, expected[name]), name
 
 
 @pytest.mark.parametrize(
-    "first, then", [((2, False), (1, False)), ((1, False), (2, True)), ((2, True), (3, False))]
+    "first, then",
+    [
+        ((2, False), (1, False)),
+        ((2, False), (2, True)),
+        pytest.param((1, False), (2, False), marks=pytest.mark.long),
+        pytest.param((1, False), (2, True), marks=pytest.mark.long),
+        pytest.param((2, True), (3, False), marks=pytest.mark.long),
+    ],
 )
-def test_any_number_of_processes_resumes(tmp_path, first, then):
-    name = ("--run-name", "run")
-    # 12 groups divide among 1, 2 and 3.
-    size = ("--rollouts-per-step", "12")
-    finish(launch(tmp_path, first[0], *name, *size, "--max-steps", "1", sharded=first[1]))
-    resume = ("--max-steps", "2", "--resume")
-    output = finish(launch(tmp_path, then[0], *name, *size, *resume, sharded=then[1]))
-    assert "resuming run" in output
-    assert [line["step"] for line in lines_of(tmp_path, "run")] == [0, 1, 2]
+def test_any_number_of_processes_resumes(tmp_path, run_of_three_steps, first, then):
+    """Their samples are other ones, so the weights are other ones too. But the optimizer goes on."""
+    resume_after_step_2(run_of_three_steps(*first), tmp_path, then[0], sharded=then[1])
+    folder = tmp_path / "out" / "experiment_accelerate" / "run" / "step_000003"
+    state = torch.load(folder / "trainer.pt", weights_only=True)["optimizer"]["state"]
+    names = {f"policy.{name}" for name in weights_of(tmp_path, "run", 3)}
+    assert state.keys() == names
+    for of_a_weight in state.values():
+        assert of_a_weight["step"] == 9  # updates, 3 a step
+    sizes = [
+        (folder.with_name(step) / "model.safetensors").stat().st_size for step in STEPS_2_AND_3
+    ]
+    assert sizes[0] == sizes[1]  # a tied weight is written once
 
 
-def test_the_evaluation_is_that_of_one_process(tmp_path):
-    for processes, sharded in ((1, False), (2, False), (3, True)):
-        name = f"{processes}_{sharded}"
-        flags = ("--run-name", name, "--max-steps", "1", "--rollouts-per-step", "12")
-        finish(launch(tmp_path, processes, *flags, sharded=sharded))
-    figures = [lines_of(tmp_path, name)[0] for name in ("1_False", "2_False", "3_True")]
-    assert figures[0]["eval_accuracy"] == figures[1]["eval_accuracy"] == figures[2]["eval_accuracy"]
+@pytest.mark.parametrize(
+    "processes, sharded",
+    [(2, False), (2, True), pytest.param(3, False, marks=pytest.mark.long)],
+)
+def test_the_evaluation_is_that_of_one_process(run_of_three_steps, processes, sharded):
+    expected = lines_of(run_of_three_steps(1), "run")[0]["eval_accuracy"]
+    found = lines_of(run_of_three_steps(processes, sharded), "run")[0]["eval_accuracy"]
+    assert found == expected > 0
 
 
-def test_layer_by_layer_samples_what_whole_weights_do(tmp_path):
-    for how in ("whole", "layers"):
-        flags = ("--run-name", how, "--max-steps", "2", "--sampling-weights", how)
-        finish(launch(tmp_path, 2, *flags, sharded=True))
-    whole, layers = (lines_of(tmp_path, how) for how in ("whole", "layers"))
-    for a, b in zip(whole, layers, strict=True):
-        assert a.get("reward") == b.get("reward")
-    expected = weights_of(tmp_path, "whole", 2)
-    for name, weight in weights_of(tmp_path, "layers", 2).items():
+def test_one_process_is_experiment_base(tmp_path, run_of_three_steps):
+    """Bit for bit."""
+    base = load_experiment()
+    flags = [*FLAGS, *SIZE, "--max-steps", "3"]
+    flags += ["--log-dir", str(tmp_path / "runs"), "--checkpoint-path", str(tmp_path / "out")]
+    base.train.main(tyro.cli(base.train.Config, args=flags))
+    (tmp_path / "out" / "experiment_base").rename(tmp_path / "out" / "experiment_accelerate")
+    expected = weights_of(tmp_path, "run", 3)
+    for name, weight in weights_of(run_of_three_steps(1), "run", 3).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_layer_by_layer_samples_what_whole_weights_do(tmp_path, run_of_three_steps):
+    flags = (*SIZE, "--max-steps", "3", "--sampling-weights", "layers")
+    finish(launch(tmp_path, 2, *flags, sharded=True))
+    folder = run_of_three_steps(2, True)
+    for layers, whole in zip(lines_of(tmp_path, "run"), lines_of(folder, "run"), strict=True):
+        assert layers.get("reward") == whole.get("reward")
+    expected = weights_of(folder, "run", 3)
+    for name, weight in weights_of(tmp_path, "run", 3).items():
         torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
 
 
@@ -239,12 +305,20 @@ def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path):
     step = lines_of(tmp_path, "run")[-1]["step"]
     assert 2 <= step < 200
     weights_of(tmp_path, "run", step)
-    finish(launch(tmp_path, 2, "--run-name", "run", "--max-steps", str(step + 1), "--resume"))
 
 
-@pytest.mark.parametrize("where", ["sampling", "training", "saving"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_others(tmp_path, where, rank, monkeypatch):
+@pytest.mark.parametrize(
+    "rank, where",
+    [
+        (0, "saving"),
+        (1, "training"),
+        *[
+            pytest.param(rank, where, marks=pytest.mark.long)
+            for rank, where in [(0, "sampling"), (1, "sampling"), (0, "training"), (1, "saving")]
+        ],
+    ],
+)
+def test_a_killed_rank_ends_the_others(tmp_path, rank, where, monkeypatch):
     """With a line, within 30 seconds; the last checkpoint is whole and can be resumed."""
     monkeypatch.setenv("KILL_IN", where)
     monkeypatch.setenv("KILL_RANK", str(rank))
@@ -253,5 +327,7 @@ def test_a_killed_rank_ends_the_others(tmp_path, where, rank, monkeypatch):
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "another process has ended" in output
-    finish(launch(tmp_path, 2, "--run-name", "run", "--max-steps", "3", "--resume"))
-    weights_of(tmp_path, "run", 3)
+    weights_of(tmp_path, "run", 1)
+    if where == "saving":
+        finish(launch(tmp_path, 2, "--run-name", "run", "--max-steps", "3", "--resume"))
+        weights_of(tmp_path, "run", 3)
