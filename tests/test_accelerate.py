@@ -244,7 +244,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     ],
 )
 def test_any_number_of_processes_resumes(tmp_path, run_of_three_steps, first, then):
-    """Their samples are other ones, so the weights are other ones too. But the optimizer goes on."""
+    """Other samples and so other weights, but the optimizer goes on."""
     resume_after_step_2(run_of_three_steps(*first), tmp_path, then[0], sharded=then[1])
     folder = tmp_path / "out" / "experiment_accelerate" / "run" / "step_000003"
     state = torch.load(folder / "trainer.pt", weights_only=True)["optimizer"]["state"]
@@ -266,6 +266,41 @@ def test_the_evaluation_is_that_of_one_process(run_of_three_steps, processes, sh
     expected = lines_of(run_of_three_steps(1), "run")[0]["eval_accuracy"]
     found = lines_of(run_of_three_steps(processes, sharded), "run")[0]["eval_accuracy"]
     assert found == expected > 0
+
+
+def test_each_rank_samples_whole_groups_of_its_own(monkeypatch):
+    """The ranks' prompts are those of the step, each once, and come back in the step's order."""
+    accelerate = load_experiment("experiment_accelerate")
+    ranks = accelerate.ranks.Ranks.__new__(accelerate.ranks.Ranks)
+    ranks.together = None
+    prompts = list(range(12))
+    for count in (1, 2, 3, 4):
+        ranks.count = count
+        shares = []
+        for rank in range(count):
+            ranks.rank = rank
+            shares.append(ranks.own(prompts))
+        assert sorted(number for share in shares for number in share) == prompts
+        monkeypatch.setattr(ranks, "gather", lambda part, shares=shares: shares)
+        assert ranks.all_of([]) == prompts
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [("single", "1 process"), ("cpu", "2 processes, DDP, gloo"), ("fsdp", "2 processes, FSDP2")],
+)
+def test_the_configuration_files(tmp_path, name, said):
+    """Each starts what it says, and says what it starts (ddp.yaml and cpu.yaml start the same)."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(EXPERIMENT / f"{name}.yaml"), str(EXPERIMENT / "train.py")]
+    command += [*FLAGS, "--max-steps", "0"]
+    command += ["--log-dir", str(tmp_path / "runs"), "--checkpoint-path", str(tmp_path / "out")]
+    done = subprocess.run(
+        command, env=environment_of(False), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[0].startswith(said)
+    assert "destroy_process_group" not in done.stderr
 
 
 def test_one_process_is_experiment_base(tmp_path, run_of_three_steps):
