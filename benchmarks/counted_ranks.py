@@ -12,18 +12,18 @@ import train  # noqa: E402
 import tyro  # noqa: E402
 from ranks import Ranks  # noqa: E402
 
-share_of = Ranks.share_of
+micro_batches = Ranks.micro_batches
 counts = []
 
 
-def counted(self, batch: list) -> list:
-    share = share_of(self, batch)
+def counted(self, *arguments) -> list:
+    share = micro_batches(self, *arguments)
     counts.append(len(share))
     if self.is_first:
         (Path(config.log_dir) / "micro_batches").write_text(str(sum(counts)))
     return share
 
 
-Ranks.share_of = counted
+Ranks.micro_batches = counted
 config = tyro.cli(train.Config)
 train.main(config)

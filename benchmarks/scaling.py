@@ -3,18 +3,19 @@ process sends, and what is learnt.
 
     python benchmarks/scaling.py        # 15 minutes; a machine with two cores and no GPU
 
-The embedded policy, the default step (16 prompts x 8 completions, two updates, KL 0.01). The runs
-take turns, and of each the median over its steps after the first two counts. Prints, and writes
-into results/scaling.json,
+The embedded policy, two updates a step, KL 0.01. The runs take turns, and of each the median over
+its steps after the first two counts. Prints, and writes into results/scaling.json,
 
-    efficiency    the step's seconds in one process, over twice those in two
+    efficiency    the step's seconds in one process, over twice those in two: of the default step
+                  (16 prompts x 8 completions), and of one with four times the prompts and batch
     bytes         sent a step by one process, read off the loopback device, in which gloo's packets
                   travel; other programs must be silent. Beside it the theory of n processes:
 
         DDP      2 (n - 1) / n  x  the gradient      for each update                 (all-reduce)
         FSDP2      (n - 1) / n  x  the weights       for each forward of a micro-batch  (gather)
                    (n - 1) / n  x  the weights       for each backward, which gathers them again
-                   (n - 1) / n  x  the gradient      for each backward          (reduce-scatter)
+                   (n - 1) / n  x  the gradient      for each backward          (reduce-scatter,
+                                                     for which gloo sends twice as much)
                    (n - 1) / n  x  the weights       once, for sampling
 
                   The completions, which the ranks tell each other, come on top.
@@ -113,19 +114,27 @@ def bytes_in_theory(how: str, micro_batches: float) -> float:
     return 0.5 * weights * (forwards + 2 * micro_batches + 1)
 
 
-def main(options: Options) -> None:
+def efficiency(options: Options, *larger: str) -> dict:
     times = {"single": [], "cpu": [], "fsdp": []}
     for _ in range(options.rounds):
         for how, seconds in times.items():
             with tempfile.TemporaryDirectory() as folder:
-                lines = run(how, folder, *few_steps(options.steps))
+                lines = run(how, folder, *few_steps(options.steps), *larger)
                 seconds.append(seconds_a_step(lines))
+    return {
+        "seconds": times,
+        "efficiency_ddp": median(a / (2 * b) for a, b in zip(times["single"], times["cpu"])),
+        "efficiency_fsdp": median(a / (2 * b) for a, b in zip(times["single"], times["fsdp"])),
+    }
+
+
+def main(options: Options) -> None:
+    larger = ("--rollouts-per-step", "64", "--train-batch-size", "256")
     report = {
         "command": "python benchmarks/scaling.py",
         "machine": describe_machine(),
-        "seconds_a_step": times,
-        "efficiency_ddp": median(a / (2 * b) for a, b in zip(times["single"], times["cpu"])),
-        "efficiency_fsdp": median(a / (2 * b) for a, b in zip(times["single"], times["fsdp"])),
+        "default_step": efficiency(options),
+        "four_times_as_large": efficiency(options, *larger),
     }
     for how in ("cpu", "fsdp"):
         sent, micro_batches = bytes_a_step(how)

@@ -130,8 +130,9 @@ class MicroBatch:
 class ReplayBuffer:
     """The groups of a step. packed: whether a row holds a whole group, or one completion."""
 
-    def __init__(self, packed: bool) -> None:
+    def __init__(self, packed: bool, ranks) -> None:
         self.packed = packed
+        self.ranks = ranks
         self.experiences: list[Experience] = []
 
     def extend(self, experiences: list[Experience]) -> None:
@@ -166,7 +167,8 @@ class ReplayBuffer:
                     rows += packed_rows(group, group_weights, config.micro_batch_tokens)
                 else:
                     rows += single_rows(group, group_weights)
-            batches.append(cut_into_micro_batches(rows, config.micro_batch_tokens, self.packed))
+            own = self.ranks.micro_batches(rows, config.micro_batch_tokens, self.packed)
+            batches.append(own)
         return batches
 
 

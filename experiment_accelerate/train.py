@@ -11,7 +11,7 @@ processes (ranks):
     1. Every rank samples, rewards and compares whole groups: every n-th prompt is its own.
     2. The ranks tell each other their groups. Now each knows the whole step, and all cut it into
        the same batches, with the same weights of the tokens.
-    3. Of a batch's micro-batches every n-th is a rank's own. Gradients are added over the ranks.
+    3. Of a batch's rows every n-th is a rank's own. Gradients are added over the ranks.
 
 ranks.py holds what is particular to several processes.
 """
@@ -52,7 +52,7 @@ from model import (
     resolve,
     unwrap,
 )
-from ranks import RankRun, Ranks, bare, is_filler, named_loss_of_a_rank
+from ranks import RankRun, Ranks, bare, is_filler, is_rank_0, ranks_end_together
 from replay_buffer import Experience, MicroBatch, ReplayBuffer
 from run import (
     NonNegativeFloat,
@@ -463,15 +463,16 @@ def evaluate(
 def main(config: Config) -> None:
     ranks = Ranks()
     config = ranks.complete(config, EXPERIMENT)
-    with ranks.first_goes_first():  # what is wrong is said once
-        check_config(config)
-        ranks.check(config)
-        config, device = resolve(config)
-        for name, value in asdict(config).items():
-            print(f"{name}: {value}")
-        tokenizer = load_tokenizer(config)
-        prompts, eval_prompts = read_prompts(config, tokenizer)
-        run = RankRun(config, EXPERIMENT, prompts, ranks)
+    ranks.wait_for_first()  # so that what is wrong is said once
+    check_config(config)
+    ranks.check(config)
+    config, device = resolve(config)
+    for name, value in asdict(config).items():
+        print(f"{name}: {value}")
+    tokenizer = load_tokenizer(config)
+    prompts, eval_prompts = read_prompts(config, tokenizer)
+    run = RankRun(config, EXPERIMENT, prompts, ranks)
+    ranks.first_is_ready()
     policy, reference = load_model(config, ranks.loading_device(device), run.last_checkpoint)
     model = ranks.wrap(policy)  # what is called in training: model(sequences_log_probs, ...)
     sampler = ranks.make_sampler(policy, model, config, device)  # the policy, but with FSDP
@@ -488,7 +489,8 @@ def main(config: Config) -> None:
     ranks.load_optimizer_state(model, optimizer, run.state.pop("optimizer", None))
     scaler = make_scaler(config, device, run.state.get("scaler"))
     objective = GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
-    replay_buffer = ReplayBuffer(packed=can_pack(unwrap(policy).config, config.max_length))
+    packed = can_pack(unwrap(policy).config, config.max_length)
+    replay_buffer = ReplayBuffer(packed, ranks)
     steps_per_epoch = len(prompts) // config.rollouts_per_step
     last_step = config.epochs * steps_per_epoch
     if config.max_steps is not None:
@@ -513,13 +515,13 @@ def main(config: Config) -> None:
         sampling_end = time.time()
         run.watch(step, experiences, tokenizer)  # warns where no group has spread
 
-        # 3. Cut the groups into batches, and each batch's micro-batches into shares of the ranks;
-        #    add the old policy's and the reference's log-probs.
+        # 3. Cut the groups into batches, of which each rank forwards a share of the rows; add the
+        #    old policy's and the reference's log-probs.
         replay_buffer.extend(experiences)
         generator = make_generator("cpu", config.seed, "batches", step)
         batches = []
         for batch in replay_buffer.batches(config, generator):
-            batches.append([micro_batch.to(device) for micro_batch in ranks.share_of(batch)])
+            batches.append([micro_batch.to(device) for micro_batch in batch])
         with out_of_memory_names("micro_batch_tokens"):  # if memory runs out, names it
             add_old_and_reference_log_probs(model, reference, batches, config)
 
@@ -569,5 +571,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with named_loss_of_a_rank():
-        main(tyro.cli(Config, description=__doc__))
+    with ranks_end_together():
+        main(tyro.cli(Config, description=__doc__, console_outputs=is_rank_0()))

@@ -47,8 +47,7 @@ def sample(policy, histories, eos_ids, config, generator=None, memory=None):
 
 def cut(rows, lengths) -> list:
     """Rows of their own lengths, on the CPU. rows: (n, tokens), lengths: (n,)."""
-    # clone: else whoever sends or keeps one row has all of them.
-    return [row[:length].clone() for row, length in zip(rows.cpu(), lengths.tolist())]
+    return [row[:length] for row, length in zip(rows.cpu(), lengths.tolist())]
 
 
 @torch.no_grad()  # not inference_mode: it would cast every weight again for every token (autocast)

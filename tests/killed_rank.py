@@ -50,5 +50,5 @@ elif os.environ["KILL_RANK"] == "0":  # the writer, with its files half written
     transformers.PreTrainedTokenizerBase.save_pretrained = deadly(write)
 else:
     ranks.RankRun.save = deadly(ranks.RankRun.save)
-with ranks.named_loss_of_a_rank():
+with ranks.ranks_end_together():
     train.main(tyro.cli(train.Config))

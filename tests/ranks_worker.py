@@ -80,11 +80,9 @@ def updates(ranks: Ranks, settings: dict) -> dict:
     optimizer = train.make_optimizer(policy, config)
     scaler = train.make_scaler(config, device)
     objective = train.GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
-    buffer = train.ReplayBuffer(packed=True)
+    buffer = train.ReplayBuffer(True, ranks)
     buffer.extend(make_groups(config, without_spread))
-    batches = []
-    for batch in buffer.batches(config, torch.Generator().manual_seed(2)):
-        batches.append(ranks.share_of(batch))
+    batches = buffer.batches(config, torch.Generator().manual_seed(2))
     train.add_old_and_reference_log_probs(model, reference, batches, config)
     gradients = []
     model.train()
