@@ -5,7 +5,12 @@ variables how the weights are held:
 
     one process     nothing below exchanges anything
     DDP             every rank has all weights; gradients are added in the backward pass
-    FSDP2           every rank has a part of each weight, and gathers a layer when it is its turn
+    FSDP2           sharded: every rank has a part of each weight, and gathers a layer when it is
+                    its turn
+
+A method is called a collective where every rank has to call it, or the others wait forever. Here
+these are `gather`, `all_of`, `sums_of_all`, `micro_batches`, `gather_weights`, and whatever loads
+or saves.
 """
 
 import io
@@ -40,10 +45,8 @@ from tqdm import tqdm
 
 # Whole tensors, on the CPU of rank 0.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-# What gloo and NCCL say where another process has gone.
-SIGNS_OF_LOSS = ("onnection", "Broken pipe", "timed out", "Timed out", "ncclRemoteError")
+# What gloo and NCCL say where another process has ended.
+SIGNS_OF_LOSS = ("onnection", "Broken pipe", "Timed out waiting", "ncclRemoteError")
 # A launcher passes on a signal that its processes may have had already; that is no second Ctrl-C.
 SECONDS_OF_ONE_SIGNAL = 5
 
@@ -71,7 +74,7 @@ class Ranks:
     """The processes of a run, as one of them sees them."""
 
     def __init__(self) -> None:
-        # It would leave the weights of all ranks but the first to be sent, which nothing here does.
+        # Else Accelerate has rank 0 alone read the weights, and expects a broadcast.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # while rank 0 saves, say
         self.accelerator = Accelerator(
@@ -81,9 +84,8 @@ class Ranks:
         self.rank = self.accelerator.process_index
         self.is_first = self.rank == 0
         self.sharded = is_true("ACCELERATE_USE_FSDP") and self.count > 1
-        self.together = None  # what samples layer by layer
-        on_gpu = torch.cuda.is_available()
-        self.offloaded = self.sharded and on_gpu and is_true("FSDP_OFFLOAD_PARAMS")
+        self.layerwise = None  # what samples layer by layer
+        self.offloaded = is_true("FSDP_OFFLOAD_PARAMS") and torch.cuda.is_available()
         if self.sharded:
             # Autocast keeps the half-precision copy of a weight until its context ends. Of weights
             # that are gathered layer by layer, these copies would add up to a whole model.
@@ -110,7 +112,7 @@ class Ranks:
         if self.sharded and (config.load_in_4bit or config.optimizer == "adamw8bit"):
             fail("--load-in-4bit and --optimizer adamw8bit: not with FSDP; take ddp.yaml")
 
-    def complete(self, config, experiment: str):
+    def add_device_and_run_name(self, config, experiment: str):
         """The config with this rank's device, and with a run's name that all ranks share."""
         if torch.cuda.is_available() and self.count > 1 and config.device_index is None:
             config = replace(config, device_index=self.accelerator.local_process_index)
@@ -119,7 +121,7 @@ class Ranks:
         name = f"{experiment}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}"
         return replace(config, run_name=self.gather(name)[0])
 
-    # ------------------------------------------------------------ exchange
+    # ------------------------------------------------------------ collectives
     def wait_for_first(self) -> None:
         """The other ranks wait until rank 0 is ready; where it fails, they end too."""
         if not self.is_first:
@@ -138,9 +140,13 @@ class Ranks:
         return [pickle.loads(content) for content in gathered]
 
     def all_of(self, parts: list) -> list:
-        """The items of all ranks, in the order of the whole: rank r has items r, r + count, ..."""
-        if self.together:
-            self.together.wait()
+        """The items of all ranks, in the order of the whole: rank r has items r, r + count, ...
+
+        No other collective may stand between sampling and this: where the weights are sampled from
+        layer by layer, it first forwards along until all ranks have sampled.
+        """
+        if self.layerwise:
+            self.layerwise.wait()
         gathered = self.gather(parts)
         whole = [None] * sum(len(part) for part in gathered)
         for rank, part in enumerate(gathered):
@@ -152,25 +158,23 @@ class Ranks:
         return whole[self.rank :: self.count]
 
     def sums_of_all(self, token_sums: list[dict]) -> list[dict]:
-        """What GRPOLoss notes of each micro-batch, on every rank."""
+        """What GRPOLoss noted of the micro-batches of all ranks."""
         on_cpu = [{name: sum_.cpu() for name, sum_ in sums.items()} for sums in token_sums]
         return [sums for part in self.gather(on_cpu) for sums in part]
-
-    def any(self, flag: bool) -> bool:
-        return any(self.gather(flag))
 
     def micro_batches(self, rows: list, most_tokens: int, packed: bool) -> list:
         """This rank's micro-batches of an optimizer batch's rows, as many on every rank.
 
-        By length, every n-th row is its own, so the ranks' shares are alike. Every rank has to take
-        part in every exchange. So where another has more micro-batches, the shortest row is added
-        with weights of 0, which add nothing to the gradient.
+        The rows are sorted by length and dealt out in turn. Every rank has to take part in every
+        collective. So a rank with fewer micro-batches than another forwards the batch's shortest
+        row again, with weights of 0, which add nothing to the gradient.
         """
         rows = sorted(rows, key=lambda row: len(row.ids), reverse=True)
         own = cut_into_micro_batches(self.own(rows), most_tokens, packed)
-        missing = max(self.gather(len(own))) - len(own)
-        for filler in cut_into_micro_batches(rows[-1:], most_tokens, packed) * missing:
-            own.append(replace(filler, weights=torch.zeros_like(filler.weights)))
+        for _ in range(max(self.gather(len(own))) - len(own)):
+            (filler,) = cut_into_micro_batches(rows[-1:], most_tokens, packed)
+            nothing = torch.zeros_like(filler.weights)
+            own.append(replace(filler, weights=nothing, is_filler=True))
         return own
 
     # ------------------------------------------------------------ weights
@@ -199,7 +203,9 @@ class Ranks:
             return model
         is_trained = any(parameter.requires_grad for parameter in policy.parameters())
         if self.count > 1 and is_trained:
-            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            model = DistributedDataParallel(
+                model, gradient_as_bucket_view=True, forward_sync_buffers=False
+            )
             model.register_comm_hook(None, add_over_ranks)
         return model
 
@@ -214,10 +220,12 @@ class Ranks:
 
     def gather_weights(self, policy, sampler) -> None:
         """Give the sampler, a model with whole weights, those of the policy."""
-        if sampler is policy or isinstance(sampler, Together):
+        if sampler is policy or isinstance(sampler, LayerwiseSampler):
             return
         with torch.no_grad():
             for source, target in zip(policy.parameters(), sampler.parameters(), strict=True):
+                if not source.requires_grad:
+                    continue  # frozen, and so the same in both
                 whole = source.full_tensor() if isinstance(source, DTensor) else source
                 target.copy_(whole)
 
@@ -232,11 +240,11 @@ class Ranks:
         if not self.sharded:
             return policy
         if config.sampling_weights == "layers":
-            self.together = Together(model, device)
-            return self.together
+            self.layerwise = LayerwiseSampler(model, device)
+            return self.layerwise
         sampler, _ = load_model(replace(config, kl_weight=0.0), self.loading_device(device))
-        if device.type != "cpu":  # on a CPU sampling is in float32
-            halve_linear_layers(unwrap(sampler), config)
+        if device.type != "cpu" and not config.lora_rank:  # on a CPU sampling is in float32
+            halve_linear_layers(sampler, config)
         return sampler.to(device).requires_grad_(False)
 
     # ------------------------------------------------------------ the state of a run
@@ -258,19 +266,19 @@ class Ranks:
         """The optimizer's whole state, by the names of the weights: it fits any number of ranks."""
         if not optimizer.state:  # no update yet; PyTorch would make one, with a gradient of 0
             return {}
-        return get_optimizer_state_dict(bare(model), optimizer, options=WHOLE)
+        return get_optimizer_state_dict(without_ddp(model), optimizer, options=WHOLE)
 
     def load_optimizer_state(self, model, optimizer, state: dict | None) -> None:
         if state:
             lr = optimizer.param_groups[0]["lr"]
             set_optimizer_state_dict(
-                bare(model), optimizer, state, options=StateDictOptions(full_state_dict=True)
+                without_ddp(model), optimizer, state, options=StateDictOptions(full_state_dict=True)
             )
             for group in optimizer.param_groups:
                 group["lr"] = lr  # the config's, not the checkpoint's
 
 
-class Together:
+class LayerwiseSampler:
     """A policy in parts, forwarded by all ranks at the same time.
 
     Each forward is an exchange. Where the completions of one rank end first, it forwards a single
@@ -318,17 +326,12 @@ def count_of_all(flag: bool, device) -> int:
     return int(count)
 
 
-def is_filler(micro_batch) -> bool:
-    """Whether a micro-batch is one of those that `Ranks.micro_batches` adds."""
-    return not micro_batch.weights.any()
-
-
 @contextmanager
-def ranks_end_together():
+def process_group():
     """Leave the group at the end. Where another rank has died, end with a line, no traceback."""
     try:
         yield
-    except (RuntimeError, dist.DistBackendError) as error:
+    except RuntimeError as error:
         if not any(sign in str(error) for sign in SIGNS_OF_LOSS):
             raise
         hint = "it may have said why; --resume goes on from the last checkpoint"
@@ -359,7 +362,7 @@ class WithWeights:
         self.policy.save_pretrained(folder, state_dict=self.weights, **arguments)
 
 
-def bare(model):
+def without_ddp(model):
     """The module inside DDP's wrapper."""
     return getattr(model, "module", model)
 
@@ -373,19 +376,22 @@ class RankRun(Run):
         super().__init__(config, experiment, prompts)
 
     def open(self) -> None:
+        self.ranks.accelerator.wait_for_everyone()  # all have seen which directories there were
         if self.ranks.is_first:
             super().open()
         else:
             signal.signal(signal.SIGINT, self.on_signal)
             signal.signal(signal.SIGTERM, self.on_signal)
-        self.ranks.accelerator.wait_for_everyone()
+        self.agree_on_checkpoint()
+
+    def agree_on_checkpoint(self) -> None:
+        """Every rank may have to say which is the last one; rank 0 knows. It also waits for it."""
+        self.last_checkpoint = self.ranks.gather(self.last_checkpoint)[0]
 
     def start(self, evaluation: dict) -> None:
         if self.ranks.is_first:
             return super().start(evaluation)
         self.began = time.time() - self.state.get("elapsed_seconds", 0)
-        self.before = self.state.get("before", evaluation)
-        self.evaluation = evaluation
 
     def on_signal(self, number: int, frame) -> None:
         """A signal is noted here. `log` agrees on it, so that all ranks stop after one step."""
@@ -400,7 +406,7 @@ class RankRun(Run):
 
     def log(self, step: int, metrics: dict, text: str | None = None) -> None:
         if step:  # of step 0, rank 0 alone calls it
-            self.stop_requested = self.ranks.any(self.signalled is not None)
+            self.stop_requested = any(self.ranks.gather(self.signalled is not None))
         if self.ranks.is_first:
             super().log(step, metrics, text)
 
@@ -410,7 +416,7 @@ class RankRun(Run):
             saved = WithWeights(policy, weights) if weights else policy
             super().save(step, saved, tokenizer, state)
         self.saved_step = step
-        self.ranks.accelerator.wait_for_everyone()
+        self.agree_on_checkpoint()
 
     def close(self) -> None:
         if self.ranks.is_first:

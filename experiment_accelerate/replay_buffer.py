@@ -100,6 +100,7 @@ class MicroBatch:
     advantages: Tensor  # (sampled,)
     weights: Tensor  # (sampled,)
     packed: bool  # whether rows may hold several completions
+    is_filler: bool = False  # forwarded because another rank has one more; its weights are 0
     old_log_probs: Tensor | None = None  # (sampled,)
     reference_log_probs: Tensor | None = None  # (sampled,)
 
@@ -142,7 +143,9 @@ class ReplayBuffer:
         self.experiences.clear()
 
     def batches(self, config, generator: torch.Generator) -> list[list[MicroBatch]]:
-        """Optimizer batches of `train_batch_size` completions, each a list of micro-batches.
+        """Optimizer batches of `train_batch_size` completions, each this rank's micro-batches.
+
+        All ranks call it together, with the same experiences.
 
         Whole groups in random order. Without a KL term, groups whose rewards are all equal
         (advantages 0) have no gradient and are not forwarded; the weights count them all the same.
@@ -167,8 +170,7 @@ class ReplayBuffer:
                     rows += packed_rows(group, group_weights, config.micro_batch_tokens)
                 else:
                     rows += single_rows(group, group_weights)
-            own = self.ranks.micro_batches(rows, config.micro_batch_tokens, self.packed)
-            batches.append(own)
+            batches.append(self.ranks.micro_batches(rows, config.micro_batch_tokens, self.packed))
         return batches
 
 

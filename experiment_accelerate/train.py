@@ -1,4 +1,4 @@
-"""GRPO in several processes, launched by Accelerate: data parallel, or with the weights in parts.
+"""GRPO in several processes: Accelerate launches them, DDP or FSDP2 keeps their weights equal.
 
     python experiment_accelerate/train.py                       # one process, as experiment_base
     accelerate launch --config_file experiment_accelerate/cpu.yaml experiment_accelerate/train.py
@@ -52,7 +52,7 @@ from model import (
     resolve,
     unwrap,
 )
-from ranks import RankRun, Ranks, bare, is_filler, is_rank_0, ranks_end_together
+from ranks import RankRun, Ranks, is_rank_0, process_group, without_ddp
 from replay_buffer import Experience, MicroBatch, ReplayBuffer
 from run import (
     NonNegativeFloat,
@@ -163,8 +163,8 @@ class Config:
     max_new_tokens: PositiveInt = 64
     # Completions sampled at once. Higher: faster, more memory. Draws other random numbers.
     sample_rows: PositiveInt = 256
-    # FSDP: a second model with whole weights samples, or the parts do, a layer gathered at a time
-    # for every token: slow, and for models that no single device holds.
+    # With FSDP. whole: a second model with whole weights samples. layers: the sharded policy does,
+    # gathering a layer at a time for every token: slow, for models that no single device holds.
     sampling_weights: Literal["whole", "layers"] = "whole"
 
     # ---- the update
@@ -370,7 +370,7 @@ def sequences_log_probs(model, micro_batch: MicroBatch, config: Config) -> torch
     computes again.
     """
     base = unwrap(model)
-    with autocast(config, micro_batch.input_ids.device):
+    with autocast(config, micro_batch.input_ids.device):  # offloaded weights are on the CPU
         mask_dtype = base.dtype  # the mask is added to attention scores, so it has their precision
         if config.precision != "float32":
             mask_dtype = getattr(torch, config.precision)
@@ -431,17 +431,16 @@ def add_old_and_reference_log_probs(
             else:
                 micro_batch.old_log_probs = model(sequences_log_probs, micro_batch, config)
     if config.kl_weight:
-        with as_reference(bare(model).policy, reference):
+        forward = model if reference is None else reference
+        with as_reference(without_ddp(model).policy, reference):  # LoRA: with its adapter off
             for batch in batches:
                 for micro_batch in batch:
-                    log_probs = (reference or model)(sequences_log_probs, micro_batch, config)
+                    log_probs = forward(sequences_log_probs, micro_batch, config)
                     micro_batch.reference_log_probs = log_probs
 
 
 # ---------------------------------------------------------------- evaluation
-def evaluate(
-    policy, tokenizer, prompts: list[Prompt], config: Config, ranks: Ranks
-) -> dict[str, float]:
+def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config, ranks) -> dict[str, float]:
     """Greedy accuracy on the held-out prompts: as it is rewarded, and by `is_lenient_match`.
 
     Each rank answers its share; the figures are those of all prompts.
@@ -462,7 +461,7 @@ def evaluate(
 # ---------------------------------------------------------------- main
 def main(config: Config) -> None:
     ranks = Ranks()
-    config = ranks.complete(config, EXPERIMENT)
+    config = ranks.add_device_and_run_name(config, EXPERIMENT)
     ranks.wait_for_first()  # so that what is wrong is said once
     check_config(config)
     ranks.check(config)
@@ -474,9 +473,10 @@ def main(config: Config) -> None:
     run = RankRun(config, EXPERIMENT, prompts, ranks)
     ranks.first_is_ready()
     policy, reference = load_model(config, ranks.loading_device(device), run.last_checkpoint)
-    model = ranks.wrap(policy)  # what is called in training: model(sequences_log_probs, ...)
-    sampler = ranks.make_sampler(policy, model, config, device)  # the policy, but with FSDP
-    reference = reference and ranks.wrap(reference)
+    # Training calls `model`, the policy inside DDP or FSDP: model(sequences_log_probs, ...).
+    model = ranks.wrap(policy)
+    sampler = ranks.make_sampler(policy, model, config, device)  # the policy; with FSDP a copy
+    reference = ranks.wrap(reference) if reference is not None else None
     ranks.gather_weights(policy, sampler)
     run.open()  # from here on it can be resumed
     evaluation = evaluate(sampler, tokenizer, eval_prompts, config, ranks)
@@ -500,18 +500,18 @@ def main(config: Config) -> None:
         # 1. Sample a group of completions for every prompt. Each rank has prompts of its own.
         step_start = time.time()
         own_prompts = ranks.own(prompts_of_step(prompts, step, config))
-        number = step * ranks.count + ranks.rank  # no two ranks draw the same
+        number = step * ranks.count + ranks.rank  # another one for each rank and step
         generator = make_generator(device, config.seed, "sample", number)
-        experiences = rollout(sampler, tokenizer, own_prompts, config.group_size, config, generator)
+        own = rollout(sampler, tokenizer, own_prompts, config.group_size, config, generator)
 
         # 2. Reward each completion, and compare it with its group.
-        for experience in experiences:
+        for experience in own:
             experience.reward_parts = reward(experience, config)
             experience.rewards = sum(experience.reward_parts.values())  # (group_size,)
             experience.advantages = group_advantages(experience.rewards)  # (group_size,)
         # From here on every rank knows the whole step, as one process would: token weights and
         # figures are those of all completions.
-        experiences = ranks.all_of(experiences)
+        experiences = ranks.all_of(own)
         sampling_end = time.time()
         run.watch(step, experiences, tokenizer)  # warns where no group has spread
 
@@ -535,7 +535,7 @@ def main(config: Config) -> None:
                     with ranks.without_sync(model, is_last=micro_batch is batch[-1]):
                         log_probs = model(sequences_log_probs, micro_batch, config)  # (sampled,)
                         loss = objective(log_probs, micro_batch)
-                        if is_filler(micro_batch):
+                        if micro_batch.is_filler:
                             objective.token_sums.pop()  # it is no part of the batch
                         scaler.scale(loss).backward()  # scale: for float16, else it does nothing
                 grad_norms.append(optimizer_step(policy, optimizer, scaler, config))
@@ -571,5 +571,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with ranks_end_together():
+    with process_group():
         main(tyro.cli(Config, description=__doc__, console_outputs=is_rank_0()))

@@ -50,5 +50,5 @@ elif os.environ["KILL_RANK"] == "0":  # the writer, with its files half written
     transformers.PreTrainedTokenizerBase.save_pretrained = deadly(write)
 else:
     ranks.RankRun.save = deadly(ranks.RankRun.save)
-with ranks.ranks_end_together():
+with ranks.process_group():
     train.main(tyro.cli(train.Config))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiment_accelerate"))
 
 import train  # noqa: E402
-from ranks import Ranks, bare, is_filler  # noqa: E402
+from ranks import Ranks, without_ddp  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 
@@ -93,17 +93,17 @@ def updates(ranks: Ranks, settings: dict) -> dict:
             with ranks.without_sync(model, is_last=micro_batch is batch[-1]):
                 log_probs = model(train.sequences_log_probs, micro_batch, config)
                 loss = objective(log_probs, micro_batch)
-                if is_filler(micro_batch):
+                if micro_batch.is_filler:
                     objective.token_sums.pop()
                 scaler.scale(loss).backward()
         found = {}
-        for name, parameter in bare(model).policy.named_parameters():
+        for name, parameter in without_ddp(model).policy.named_parameters():
             if parameter.requires_grad:
                 found[name] = whole(parameter.grad) / scaler.get_scale()
         gradients.append(found)
         train.optimizer_step(policy, optimizer, scaler, config)
     weights = {}
-    for name, parameter in bare(model).policy.named_parameters():
+    for name, parameter in without_ddp(model).policy.named_parameters():
         weights[name] = whole(parameter).detach().clone()
     sums = ranks.sums_of_all(objective.token_sums)
     figures = train.loss_metrics(sums, [1.0] * len(gradients))

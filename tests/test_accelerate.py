@@ -24,6 +24,7 @@ from helpers import POLICY, ROOT, load_experiment
 
 WORKER = ROOT / "tests" / "ranks_worker.py"
 KILLED = ROOT / "tests" / "killed_rank.py"
+MADE_UP = ROOT / "tests" / "made_up_rollouts.py"
 EXPERIMENT = ROOT / "experiment_accelerate"
 
 
@@ -142,6 +143,19 @@ def test_every_number_of_processes_has_the_gradient_of_one(processes, sharded, n
 
 
 # ---------------------------------------------------------------- whole runs
+def test_whole_runs_train_alike_on_the_same_completions(tmp_path):
+    """`main`, with completions that depend on the prompt alone and not on who samples."""
+    flags = ("--run-name", "run", "--rollouts-per-step", "6", "--max-steps", "2")
+    expected = None
+    for processes, sharded in ((1, False), (2, False), (2, True)):
+        folder = tmp_path / f"{processes}_{sharded}"
+        finish(launch(folder, processes, *flags, sharded=sharded, script=MADE_UP))
+        found = weights_of(folder, "run", 2)
+        expected = expected or found
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
+
+
 FLAGS = (
     "--max-prompts 64 --max-eval-prompts 24 --rollouts-per-step 4 --group-size 4 "
     "--train-batch-size 8 --max-new-tokens 24 --checkpoint-interval 1 --eval-interval 0 "
@@ -272,7 +286,7 @@ def test_each_rank_samples_whole_groups_of_its_own(monkeypatch):
     """The ranks' prompts are those of the step, each once, and come back in the step's order."""
     accelerate = load_experiment("experiment_accelerate")
     ranks = accelerate.ranks.Ranks.__new__(accelerate.ranks.Ranks)
-    ranks.together = None
+    ranks.layerwise = None
     prompts = list(range(12))
     for count in (1, 2, 3, 4):
         ranks.count = count
