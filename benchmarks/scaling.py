@@ -1,7 +1,7 @@
 """experiment_accelerate in one process and in two, of one thread each: step time, the bytes that a
 process sends, and what is learnt.
 
-    python benchmarks/scaling.py        # 15 minutes; a machine with two cores and no GPU
+    python benchmarks/scaling.py        # 10 minutes; a machine with two cores and no GPU
 
 The embedded policy, two updates a step, KL 0.01. The runs take turns, and of each the median over
 its steps after the first two counts. Prints, and writes into results/scaling.json,

@@ -79,6 +79,8 @@ def test_nothing_runs_what_a_model_or_a_file_says(path):
             continue
         name = ast.unparse(node.func)
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if path.name == "ranks.py" and name == "pickle.loads":
+            continue  # what the processes of a run send each other
         assert name not in ("eval", "exec", "os.system", "pickle.load", "pickle.loads")
         assert "trust_remote_code" not in keywords and keywords.get("shell") != "True"
         if name == "torch.load":
@@ -141,7 +143,8 @@ def test_every_flag_that_the_readmes_show_exists():
         readme = re.sub(
             r"(?:data|benchmarks)/\w+\.py(?:[^`\n]|\\\n)*|without\s+`--model-name`", "", readme
         )
-        for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)", readme):
-            assert flag in ("help", "logdir") or re.search(
+        # Flags with an underscore, and --cpu, are those of `accelerate launch`.
+        for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)(?![\w-])", readme):
+            assert flag in ("help", "logdir", "cpu") or re.search(
                 rf"^    {flag.replace('-', '_')}: ", config, re.M
             ), flag
