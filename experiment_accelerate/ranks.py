@@ -26,6 +26,7 @@ from functools import partialmethod
 
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from model import halve_linear_layers, load_model, unwrap
 from replay_buffer import cut_into_micro_batches
@@ -98,6 +99,7 @@ class Ranks:
         else:
             sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+            transformers.logging.set_verbosity_error()
 
     def check(self, config) -> None:
         """End the program where the config and the number of ranks do not go together."""
@@ -111,6 +113,8 @@ class Ranks:
             fail(f"--device-index {config.device_index}: each process has a device of its own")
         if self.sharded and (config.load_in_4bit or config.optimizer == "adamw8bit"):
             fail("--load-in-4bit and --optimizer adamw8bit: not with FSDP; take ddp.yaml")
+        if config.sampling_weights == "layers" and not self.sharded:
+            print("--sampling-weights is not used: without FSDP each process has whole weights")
 
     def add_device_and_run_name(self, config, experiment: str):
         """The config with this rank's device, and with a run's name that all ranks share."""
@@ -124,8 +128,12 @@ class Ranks:
     # ------------------------------------------------------------ collectives
     def wait_for_first(self) -> None:
         """The other ranks wait until rank 0 is ready; where it fails, they end too."""
-        if not self.is_first:
+        if self.is_first:
+            return
+        try:
             self.accelerator.wait_for_everyone()
+        except RuntimeError:
+            sys.exit(1)  # rank 0 has said why
 
     def first_is_ready(self) -> None:
         if self.is_first:
@@ -245,7 +253,7 @@ class Ranks:
         sampler, _ = load_model(replace(config, kl_weight=0.0), self.loading_device(device))
         if device.type != "cpu" and not config.lora_rank:  # on a CPU sampling is in float32
             halve_linear_layers(sampler, config)
-        return sampler.to(device).requires_grad_(False)
+        return sampler.to(device)
 
     # ------------------------------------------------------------ the state of a run
     def weights_to_save(self, policy) -> dict | None:
@@ -334,8 +342,12 @@ def process_group():
     except RuntimeError as error:
         if not any(sign in str(error) for sign in SIGNS_OF_LOSS):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's; this rank ends anyway
+        print(file=sys.stderr)  # after the progress bar
         hint = "it may have said why; --resume goes on from the last checkpoint"
         fail(f"another process has ended: {hint} ({first_line(error)[:100]})")
+    except KeyboardInterrupt:  # before `RankRun` listens
+        sys.exit("\nstopped before training began" if is_rank_0() else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -374,6 +386,9 @@ class RankRun(Run):
         self.ranks = ranks
         self.signalled = None  # when
         super().__init__(config, experiment, prompts)
+        before = self.state.get("ranks", ranks.count)
+        if before != ranks.count:
+            print(f"processes: {ranks.count}, were {before}: other samples are drawn")
 
     def open(self) -> None:
         self.ranks.accelerator.wait_for_everyone()  # all have seen which directories there were
@@ -382,6 +397,8 @@ class RankRun(Run):
         else:
             signal.signal(signal.SIGINT, self.on_signal)
             signal.signal(signal.SIGTERM, self.on_signal)
+        if hasattr(signal, "SIGHUP"):  # of a terminal that is closed; the launcher passes it on
+            signal.signal(signal.SIGHUP, self.on_signal)
         self.agree_on_checkpoint()
 
     def agree_on_checkpoint(self) -> None:
@@ -407,6 +424,8 @@ class RankRun(Run):
     def log(self, step: int, metrics: dict, text: str | None = None) -> None:
         if step:  # of step 0, rank 0 alone calls it
             self.stop_requested = any(self.ranks.gather(self.signalled is not None))
+            if self.stop_requested and self.signalled is None:
+                print("\nanother process was asked to stop: saving", flush=True)
         if self.ranks.is_first:
             super().log(step, metrics, text)
 
@@ -414,7 +433,7 @@ class RankRun(Run):
         weights = self.ranks.weights_to_save(policy)
         if self.ranks.is_first:
             saved = WithWeights(policy, weights) if weights else policy
-            super().save(step, saved, tokenizer, state)
+            super().save(step, saved, tokenizer, {**state, "ranks": self.ranks.count})
         self.saved_step = step
         self.agree_on_checkpoint()
 

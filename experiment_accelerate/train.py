@@ -463,8 +463,8 @@ def main(config: Config) -> None:
     ranks = Ranks()
     config = ranks.add_device_and_run_name(config, EXPERIMENT)
     ranks.wait_for_first()  # so that what is wrong is said once
-    check_config(config)
     ranks.check(config)
+    check_config(config)
     config, device = resolve(config)
     for name, value in asdict(config).items():
         print(f"{name}: {value}")

@@ -40,7 +40,8 @@ DEFAULTS = dict(
     kl_weight=0.01,
     lr=1e-4,
 )
-HOW = [(2, False), (3, False), (2, True), (3, True)]  # processes, and whether FSDP
+# Processes, and whether FSDP.
+HOW = [(2, False), (3, False), (2, True), pytest.param(3, True, marks=pytest.mark.long)]
 
 
 def all_settings() -> dict[str, dict]:
@@ -210,7 +211,9 @@ def run_of_three_steps(tmp_path_factory):
     return folder_of
 
 
-def resume_after_step_2(folder: Path, target: Path, processes: int, *more: str, sharded: bool):
+def resume_after_step_2(
+    folder: Path, target: Path, processes: int, *more: str, sharded: bool
+) -> str:
     """Continue a copy of a run whose last checkpoint is that of step 2, to its end."""
     shutil.copytree(folder, target, dirs_exist_ok=True)
     shutil.rmtree(target / "out" / "experiment_accelerate" / "run" / "step_000003")
@@ -218,6 +221,7 @@ def resume_after_step_2(folder: Path, target: Path, processes: int, *more: str, 
     output = finish(launch(target, processes, *flags, sharded=sharded))
     assert "resuming run" in output
     assert [line["step"] for line in lines_of(target, "run")] == [0, 1, 2, 3]
+    return output
 
 
 # 6 groups divide among 1, 2 and 3.
@@ -259,7 +263,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
 )
 def test_any_number_of_processes_resumes(tmp_path, run_of_three_steps, first, then):
     """Other samples and so other weights, but the optimizer goes on."""
-    resume_after_step_2(run_of_three_steps(*first), tmp_path, then[0], sharded=then[1])
+    output = resume_after_step_2(run_of_three_steps(*first), tmp_path, then[0], sharded=then[1])
+    assert ("other samples are drawn" in output) == (first[0] != then[0])
     folder = tmp_path / "out" / "experiment_accelerate" / "run" / "step_000003"
     state = torch.load(folder / "trainer.pt", weights_only=True)["optimizer"]["state"]
     names = {f"policy.{name}" for name in weights_of(tmp_path, "run", 3)}
@@ -301,7 +306,11 @@ def test_each_rank_samples_whole_groups_of_its_own(monkeypatch):
 
 @pytest.mark.parametrize(
     "name, said",
-    [("single", "1 process"), ("cpu", "2 processes, DDP, gloo"), ("fsdp", "2 processes, FSDP2")],
+    [
+        ("cpu", "2 processes, DDP, gloo"),
+        pytest.param("single", "1 process", marks=pytest.mark.long),
+        pytest.param("fsdp", "2 processes, FSDP2", marks=pytest.mark.long),
+    ],
 )
 def test_the_configuration_files(tmp_path, name, said):
     """Each starts what it says, and says what it starts (ddp.yaml and cpu.yaml start the same)."""
@@ -315,6 +324,24 @@ def test_the_configuration_files(tmp_path, name, said):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[0].startswith(said)
     assert "destroy_process_group" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--rollouts-per-step", "5"), "must be a multiple of the 2 processes"),
+        *[
+            pytest.param(flags, flags[1], marks=pytest.mark.long)
+            for flags in [("--data-path", "/nowhere.jsonl"), ("--no-such-flag", "no-such-flag")]
+        ],
+    ],
+)
+def test_bad_input_is_said_once(tmp_path, flags, said):
+    output, _ = launch(tmp_path, 2, "--max-steps", "1", *flags).communicate(timeout=120)
+    lines = [line for line in output.splitlines() if line.startswith("error:")]
+    assert "another process" not in output
+    assert len(lines) <= 1 and said in output
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_is_experiment_base(tmp_path, run_of_three_steps):
@@ -360,10 +387,11 @@ def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path):
     "rank, where",
     [
         (0, "saving"),
-        (1, "training"),
         *[
             pytest.param(rank, where, marks=pytest.mark.long)
-            for rank, where in [(0, "sampling"), (1, "sampling"), (0, "training"), (1, "saving")]
+            for rank in (0, 1)
+            for where in ("sampling", "training", "saving")
+            if (rank, where) != (0, "saving")
         ],
     ],
 )
