@@ -105,7 +105,8 @@ def test_what_the_graph_cannot_do_goes_through_the_plain_loop():
 
     def policy(architecture="qwen2", device="cuda"):
         found = make_model(architecture)
-        return type("Policy", (), {"device": torch.device(device), "config": found.config})
+        fields = {"device": torch.device(device), "config": found.config}
+        return type("Policy", (torch.nn.Module,), fields)()
 
     assert captured.can_capture(policy(), config_of())
     assert not captured.can_capture(policy("gemma3-short-window"), config_of(max_length=64))
