@@ -1,7 +1,7 @@
 """experiment_accelerate: several processes compute what one computes.
 
 Starting processes takes most of the time. So the tests share runs, and a part of the matrix, marked
-`long`, is a command of its own: pytest -m long tests/test_accelerate.py (6 minutes).
+`long`, is a command of its own: pytest -m long tests/test_accelerate.py (7 minutes).
 """
 
 import json
