@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiment_acceler
 
 import train  # noqa: E402
 import tyro  # noqa: E402
-from ranks import Ranks  # noqa: E402
+from ranks import Ranks, process_group  # noqa: E402
 
 micro_batches = Ranks.micro_batches
 counts = []
@@ -26,4 +26,5 @@ def counted(self, *arguments) -> list:
 
 Ranks.micro_batches = counted
 config = tyro.cli(train.Config)
-train.main(config)
+with process_group():
+    train.main(config)

@@ -28,9 +28,10 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env
 from model import halve_linear_layers, load_model, unwrap
 from replay_buffer import cut_into_micro_batches
-from run import Run, fail, first_line
+from run import Run, default_name, fail, first_line
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -50,10 +51,6 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 SIGNS_OF_LOSS = ("onnection", "Broken pipe", "Timed out waiting", "ncclRemoteError")
 # A launcher passes on a signal that its processes may have had already; that is no second Ctrl-C.
 SECONDS_OF_ONE_SIGNAL = 5
-
-
-def is_true(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true")
 
 
 class Inside(nn.Module):
@@ -84,9 +81,9 @@ class Ranks:
         self.count = self.accelerator.num_processes
         self.rank = self.accelerator.process_index
         self.is_first = self.rank == 0
-        self.sharded = is_true("ACCELERATE_USE_FSDP") and self.count > 1
+        self.sharded = parse_flag_from_env("ACCELERATE_USE_FSDP") and self.count > 1
         self.layerwise = None  # what samples layer by layer
-        self.offloaded = is_true("FSDP_OFFLOAD_PARAMS") and torch.cuda.is_available()
+        self.offloaded = parse_flag_from_env("FSDP_OFFLOAD_PARAMS") and torch.cuda.is_available()
         if self.sharded:
             # Autocast keeps the half-precision copy of a weight until its context ends. Of weights
             # that are gathered layer by layer, these copies would add up to a whole model.
@@ -122,8 +119,7 @@ class Ranks:
             config = replace(config, device_index=self.accelerator.local_process_index)
         if config.resume or config.run_name:
             return config
-        name = f"{experiment}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}"
-        return replace(config, run_name=self.gather(name)[0])
+        return replace(config, run_name=self.gather(default_name(experiment))[0])
 
     # ------------------------------------------------------------ collectives
     def wait_for_first(self) -> None:

@@ -296,6 +296,11 @@ def write_aside(path: Path, text: str) -> None:
 
 
 # ---------------------------------------------------------------- a run
+def default_name(experiment: str) -> str:
+    """The name of a run that begins now in this process."""
+    return f"{experiment}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}"
+
+
 class Run:
     """The directories, logs, checkpoints and warnings of one run, and the wish to stop it."""
 
@@ -320,8 +325,7 @@ class Run:
             print(f"resuming run {run.name} {where}{another}")
             self.trains_otherwise = trains_otherwise(run, self.state["config"], self.config)
         else:
-            now = time.strftime("%Y%m%d-%H%M%S")
-            self.name = config.run_name or f"{experiment}_{now}_{os.getpid()}"
+            self.name = config.run_name or default_name(experiment)
         self.log_dir = Path(config.log_dir) / self.name
         self.checkpoint_dir = Path(config.checkpoint_path) / experiment / self.name
         self.bar = None

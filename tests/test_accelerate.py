@@ -82,12 +82,20 @@ def run_worker(folder: Path, processes: int, sharded: bool, settings: dict[str, 
     given = folder / "settings.json"
     results = folder / "results.pt"
     given.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--standalone", str(WORKER), str(given), str(results)]
+    command = [*torchrun(processes), str(WORKER), str(given), str(results)]
     environment = environment_of(sharded)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(results, weights_only=True)
+
+
+def torchrun(processes: int) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc_per_node", str(processes)]
+
+
+def places(folder: Path) -> list[str]:
+    return ["--log-dir", str(folder / "runs"), "--checkpoint-path", str(folder / "out")]
 
 
 def environment_of(sharded: bool) -> dict[str, str]:
@@ -168,9 +176,7 @@ def launch(
     tmp_path, processes: int, *flags: str, sharded: bool = False, script=EXPERIMENT / "train.py"
 ) -> subprocess.Popen:
     """experiment_accelerate/train.py in processes of one thread each, in a session of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--standalone", str(script), *FLAGS]
-    command += ["--log-dir", str(tmp_path / "runs"), "--checkpoint-path", str(tmp_path / "out")]
+    command = [*torchrun(processes), str(script), *FLAGS, *places(tmp_path)]
     return subprocess.Popen(
         [*command, *flags],
         env=environment_of(sharded),
@@ -316,8 +322,7 @@ def test_the_configuration_files(tmp_path, name, said):
     """Each starts what it says, and says what it starts (ddp.yaml and cpu.yaml start the same)."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(EXPERIMENT / f"{name}.yaml"), str(EXPERIMENT / "train.py")]
-    command += [*FLAGS, "--max-steps", "0"]
-    command += ["--log-dir", str(tmp_path / "runs"), "--checkpoint-path", str(tmp_path / "out")]
+    command += [*FLAGS, *places(tmp_path), "--max-steps", "0"]
     done = subprocess.run(
         command, env=environment_of(False), capture_output=True, text=True, timeout=120
     )
@@ -347,8 +352,7 @@ def test_bad_input_is_said_once(tmp_path, flags, said):
 def test_one_process_is_experiment_base(tmp_path, run_of_three_steps):
     """Bit for bit."""
     base = load_experiment()
-    flags = [*FLAGS, *SIZE, "--max-steps", "3"]
-    flags += ["--log-dir", str(tmp_path / "runs"), "--checkpoint-path", str(tmp_path / "out")]
+    flags = [*FLAGS, *places(tmp_path), *SIZE, "--max-steps", "3"]
     base.train.main(tyro.cli(base.train.Config, args=flags))
     (tmp_path / "out" / "experiment_base").rename(tmp_path / "out" / "experiment_accelerate")
     expected = weights_of(tmp_path, "run", 3)
