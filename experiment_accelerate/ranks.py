@@ -1,6 +1,6 @@
 """Several processes, called ranks: who they are, what they exchange, which of them writes.
 
-Plumbing of this experiment alone. `accelerate launch` starts the processes and says by environment
+Plumbing. `accelerate launch` starts the processes and says by environment
 variables how the weights are held:
 
     one process     nothing below exchanges anything
@@ -104,7 +104,7 @@ class Ranks:
             wanted = f"must be a multiple of the {self.count} processes: each samples whole groups"
             fail(f"--rollouts-per-step {config.rollouts_per_step}: {wanted}")
         if self.count > 1 and torch.backends.mps.is_available():
-            fail("on Apple's GPU one process alone works: python experiment_accelerate/train.py")
+            fail("on Apple's GPU one process alone works: start train.py with python")
         own = self.accelerator.local_process_index
         if self.count > 1 and config.device_index not in (None, own):
             fail(f"--device-index {config.device_index}: each process has a device of its own")

@@ -22,6 +22,8 @@ from helpers import ROOT, embedded_tokenizer, load_experiment, make_model
 from peft import PeftModel
 
 EXPERIMENTS = sorted(path.parent.name for path in ROOT.glob("experiment_*/run.py"))
+# Where samplers are other processes, test_async.py has the tests of whole runs.
+IN_ONE_PROCESS = [name for name in EXPERIMENTS if not (ROOT / name / "samplers.py").exists()]
 WITH_TOOLS = [name for name in EXPERIMENTS if (ROOT / name / "calls.py").exists()]
 # of TINY: the tools' descriptions are long
 CHANGES = {name: dict(max_length=1200) for name in WITH_TOOLS}
@@ -551,7 +553,7 @@ completion_length_correct completion_length_wrong truncated_fraction lr sample_t
 train_tokens_per_second peak_memory max_log_prob_gap skipped_updates""".split()
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", IN_ONE_PROCESS)
 def test_metrics_of_a_run(experiment, tmp_path, model, monkeypatch, capsys):
     """A line a step with every field, and the evaluation before the first step,
     at the interval and after the last."""
@@ -860,7 +862,7 @@ def assert_resumes(folder: Path, model: str, experiment: str, max_steps: int, **
     return whole
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", IN_ONE_PROCESS)
 def test_every_experiment_resumes(experiment, tmp_path, model, monkeypatch):
     """As above, in full training, for the parts of a resume that are in each train.py."""
     reward_by(fingerprint, load_experiment(experiment).train, monkeypatch)

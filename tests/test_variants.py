@@ -12,6 +12,7 @@ drgrpo = load_experiment("experiment_drgrpo")
 LESSON = ("train.py", "loss.py", "replay_buffer.py")
 MOST_CHANGED_LINES = {
     "experiment_accelerate": 120,
+    "experiment_async": 115,
     "experiment_drgrpo": 20,
     "experiment_dapo": 105,
     "experiment_ifeval": 330,

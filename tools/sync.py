@@ -5,8 +5,8 @@
 
 Plumbing is what an experiment uses as it is: sampling.py, kv_cache.py, captured.py, model.py,
 flex.py, run.py and data.py belong to experiment_base, calls.py to
-experiment_multiturn_tool_calling. Change the owner's file, then run this. Lesson files (train.py,
-loss.py, replay_buffer.py) are never touched: they may diverge.
+experiment_multiturn_tool_calling, ranks.py to experiment_accelerate. Change the owner's file, then
+run this. Lesson files (train.py, loss.py, replay_buffer.py) are never touched: they may diverge.
 
 An experiment whose README has a line "Own plumbing: `sampling.py`" keeps that file for itself.
 """
@@ -28,6 +28,7 @@ OWNERS = {  # a file stands before those that it imports
     "run.py": "experiment_base",
     "data.py": "experiment_base",
     "calls.py": "experiment_multiturn_tool_calling",
+    "ranks.py": "experiment_accelerate",
 }
 
 

@@ -1,0 +1,383 @@
+"""Samplers: processes of their own that sample while the trainer trains. Ray runs them as actors.
+
+Plumbing of this experiment alone. The trainer asks ahead: before it trains on step s, it has asked
+for the steps up to s + steps_ahead. A request carries the weights to sample with, the newest of
+that moment, and a sampler answers its requests in turn. With one step ahead:
+
+    trainer     asks for 1, 2 | waits    | train 1, asks for 3 | train 2, asks for 4 | ...
+    sampler                   | sample 1 | sample 2            | sample 3            | ...
+
+So the requests decide which weights sample a step, and not who is fast. A run can be repeated bit
+for bit, also where a sampler dies: Ray starts it anew and repeats its requests.
+"""
+
+import importlib.util
+import json
+import os
+import socket
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Params4bit
+from peft.tuners.tuners_utils import BaseTunerLayer
+from run import fail, first_line
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to Ray's makers
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of `get_ready`: `sample` has them too
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")  # then a lost Ray ends us
+# A process that asks Ray for no GPU sees them all, and takes the first.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+try:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+except ImportError as error:
+    fail(f"Ray is missing: pip install -r requirements-async.txt ({first_line(error)})")
+
+FOLDER = Path(__file__).resolve().parent
+MOST_RESTARTS = 100  # of a sampler, in a run
+MOST_REPEATS = 3  # of a request whose sampler died
+SECONDS_FOR_PLACES = 30  # a run that has just ended may still hold its GPUs
+
+
+@dataclass
+class Part:
+    """What a sampler made of its part of a step's prompts."""
+
+    experiences: list  # one a prompt
+    version: int  # of the weights that sampled: the updates that made them
+    began: float  # as time.time()
+    ended: float
+    idle_seconds: float  # without a request before this one
+    loading_seconds: float  # spent on taking over weights
+    process: int  # its id; another one where the sampler was started anew
+
+
+@dataclass
+class Step:
+    """All parts of a step, and what it took to get them."""
+
+    experiences: list  # in the order of the step's prompts
+    parts: list[Part] = field(default_factory=list)  # by sampler
+    dropped: int = 0  # groups that were too old, and so were sampled again
+    waited: float = 0.0  # seconds that the trainer waited
+
+
+class Sampler:
+    """The process that samples."""
+
+    def __init__(self, config) -> None:
+        self.config = config
+        self.policy = None
+        self.version = None
+        self.free_since = time.time()
+
+    def get_ready(self) -> None:
+        """Load the model. Not in __init__, whose errors Ray tells with many tracebacks."""
+        from engines import load_engine
+
+        if self.policy is None:
+            with errors_for_the_trainer():
+                self.policy, self.tokenizer = load_engine(self.config)
+            self.free_since = time.time()
+
+    def sample(self, prompts: list, key: tuple, version: int, weights: list) -> Part:
+        """A group for each prompt.
+
+        key: decides the random numbers. weights: [a reference to them], so that they are fetched
+        only where they are new.
+        """
+        from engines import load_weights
+        from train import make_generator, rollout
+
+        self.get_ready()  # where it was started anew, nobody else has called it
+        start = time.time()
+        idle_seconds = start - self.free_since
+        if version != self.version:
+            load_weights(self.policy, from_arrays(ray.get(weights[0])))
+            self.version = version
+        began = time.time()
+        time.sleep(self.config.sampler_delay)
+        generator = make_generator(self.policy.device, *key)
+        with errors_for_the_trainer():
+            arguments = (self.policy, self.tokenizer, prompts, self.config.group_size, self.config)
+            experiences = rollout(*arguments, generator)
+        for experience in experiences:
+            experience.version = version
+        self.free_since = time.time()
+        times = (began, self.free_since, idle_seconds, began - start)
+        return Part(experiences, version, *times, os.getpid())
+
+
+@contextmanager
+def errors_for_the_trainer():
+    """`fail` ends a program. In a sampler it is an error, whose line the trainer says."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(str(error).removeprefix("error: ")) from error
+
+
+class Samplers:
+    """All samplers, as the trainer sees them. Of its ranks, rank 0 alone talks to them."""
+
+    def __init__(self, config, ranks, log_dir: Path) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.timeline = log_dir / "timeline.jsonl"
+        self.steps_ahead = config.max_staleness // updates_per_step(config)
+        self.requests = {}  # step -> for each sampler (prompts, a reference to its Part)
+        self.actors = []
+        self.processes = {}  # sampler -> the id of its process
+        check(config)
+        if ranks.is_first and config.max_steps != 0:
+            start_ray(config)
+            self.actors = start_actors(config, ranks)
+
+    def publish(self, version: int, policy) -> float:
+        """From now on ask for samples of these weights. Returns the seconds that it took."""
+        start = time.time()
+        self.version = version
+        if self.ranks.is_first:
+            self.weights = ray.put(to_arrays(plain_weights(policy, self.config)))
+        return time.time() - start
+
+    def ask(self, step: int, prompts: list) -> None:
+        """Ask for a step, unless that has been done. Each sampler gets a part."""
+        if not self.ranks.is_first or step in self.requests:
+            return
+        count = len(self.actors)
+        self.requests[step] = []
+        for number in range(count):
+            part = prompts[number::count]
+            self.requests[step].append((part, self.request(step, number, part)))
+
+    def request(self, step: int, number: int, prompts: list):
+        # With one sampler the random numbers are those of experiment_base.
+        key = (self.config.seed, "sample", step * len(self.actors) + number)
+        return self.actors[number].sample.remote(prompts, key, self.version, [self.weights])
+
+    def take(self, step: int) -> Step:
+        """A step's groups, once all are there; the same on every rank of the trainer."""
+        taken = self.wait_for(step) if self.ranks.is_first else None
+        return self.ranks.gather(taken)[0]
+
+    def wait_for(self, step: int) -> Step:
+        start = time.time()
+        requests = self.requests.pop(step)
+        taken = Step([None] * sum(len(prompts) for prompts, _ in requests))
+        for number, (prompts, reference) in enumerate(requests):
+            part = self.get(number, reference)
+            while self.version - part.version > self.config.max_staleness:
+                taken.dropped += len(prompts)
+                part = self.get(number, self.request(step, number, prompts))
+            taken.experiences[number :: len(requests)] = part.experiences
+            taken.parts.append(part)
+        end = time.time()
+        taken.waited = end - start
+        times = [[part.version, part.began, part.ended] for part in taken.parts]
+        line = {"step": step, "version": self.version, "waited": [start, end], "sampled": times}
+        with open(self.timeline, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return taken
+
+    def get(self, number: int, reference) -> Part:
+        try:
+            part = ray.get(reference)
+        except RayTaskError as error:
+            fail(f"sampler {number}: {first_line(error.cause)}")
+        except RayError as error:
+            again = f"sampler {number} ended, also when it was started anew"
+            fail(f"{again}: see /tmp/ray/session_latest/logs ({first_line(error)})")
+        if self.processes.setdefault(number, part.process) != part.process:
+            print(f"\nsampler {number} had ended, and was started anew", flush=True)
+            self.processes[number] = part.process
+        return part
+
+    def close(self) -> None:
+        if self.actors:
+            ray.shutdown()
+
+
+def updates_per_step(config) -> int:
+    groups_per_update = config.train_batch_size // config.group_size
+    return -(-config.rollouts_per_step // groups_per_update) * config.epochs_per_step
+
+
+def async_metrics(taken: Step, version: int, sync_seconds: float) -> dict:
+    """Figures of a step that weights `version` began to train on."""
+    staleness = [version - experience.version for experience in taken.experiences]
+    tokens = sum(len(ids) for group in taken.experiences for ids in group.completion_ids)
+    metrics = {
+        "staleness_mean": sum(staleness) / len(staleness),
+        "staleness_max": max(staleness),
+        "dropped_fraction": taken.dropped / (taken.dropped + len(staleness)),
+        "trainer_idle_seconds": taken.waited,
+        # Of all samplers, while they sample; experiment_base divides by the time until training.
+        "sample_tokens_per_second": tokens / seconds_of_any(taken.parts),
+        "sync_seconds": sync_seconds,
+    }
+    for number, part in enumerate(taken.parts):
+        metrics[f"sampler_{number}_idle_seconds"] = part.idle_seconds
+        metrics[f"sampler_{number}_loading_seconds"] = part.loading_seconds
+    return metrics
+
+
+def seconds_of_any(parts: list[Part]) -> float:
+    """Seconds in which one sampler or more sampled."""
+    seconds = 0.0
+    until = 0.0
+    for part in sorted(parts, key=lambda part: part.began):
+        seconds += max(0.0, part.ended - max(part.began, until))
+        until = max(until, part.ended)
+    return seconds
+
+
+# ---------------------------------------------------------------- weights
+@torch.no_grad()
+def plain_weights(policy, config) -> dict[str, torch.Tensor]:
+    """The weights of the model without an adapter, by its own names, on the CPU, in `precision`.
+
+    An adapter is merged, W + scale B A, in float32.
+    """
+    dtype = getattr(torch, config.precision)
+    weights = {}
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            continue
+        weight = parameter
+        if isinstance(parameter, Params4bit):
+            weight = dequantize_4bit(parameter.data, parameter.quant_state)
+        layer = policy.get_submodule(name.rpartition(".base_layer.")[0])
+        if isinstance(layer, BaseTunerLayer) and name.endswith(".weight"):
+            for adapter in layer.active_adapters:
+                weight = weight.float() + layer.get_delta_weight(adapter).float()
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        weights[name] = weight.to(dtype).cpu()
+    return weights
+
+
+def to_arrays(weights: dict[str, torch.Tensor]) -> dict:
+    """Bytes in arrays, which Ray shares between processes without a copy; tensors it would copy."""
+    arrays = {}
+    for name, weight in weights.items():
+        array = weight.contiguous().view(-1).view(torch.uint8).numpy()
+        arrays[name] = (array, weight.dtype, weight.shape)
+    return arrays
+
+
+def from_arrays(arrays: dict) -> dict[str, torch.Tensor]:
+    """Tensors over shared memory: not to be written to."""
+    weights = {}
+    for name, (array, dtype, shape) in arrays.items():
+        weights[name] = torch.from_numpy(array).view(dtype).view(shape)
+    return weights
+
+
+# ---------------------------------------------------------------- Ray
+def check(config) -> None:
+    """End the program where these constants do not go together."""
+    if config.num_samplers > config.rollouts_per_step:
+        wanted = f"more than the {config.rollouts_per_step} prompts of a step"
+        fail(f"--num-samplers {config.num_samplers}: {wanted}")
+    if config.gpus_per_sampler > 1:
+        fail(f"--gpus-per-sampler {config.gpus_per_sampler:g}: a sampler uses one GPU at most")
+    if config.engine == "vllm" and not importlib.util.find_spec("vllm"):
+        fail("--engine vllm: vLLM is missing; it needs an environment of its own, see README.md")
+    if config.sampling_weights == "layers":
+        fail("--sampling-weights layers: samplers hold whole weights")
+
+
+def start_ray(config) -> None:
+    """Join a cluster, or start Ray on this machine, whose cores all processes share evenly."""
+    environment = {"PYTHONPATH": str(FOLDER)}
+    arguments = {"log_to_driver": False, "logging_level": "ERROR"}
+    if config.ray_address:
+        check_address(config.ray_address)
+        arguments["address"] = config.ray_address
+    else:
+        cores = os.cpu_count() or 1
+        threads = max(1, cores // (1 + config.num_samplers))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
+        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        arguments["num_cpus"] = max(cores, config.num_samplers)
+        arguments["include_dashboard"] = False
+    try:
+        ray.init(runtime_env={"env_vars": environment}, **arguments)
+    except Exception as error:
+        where = f"--ray-address {config.ray_address}" if config.ray_address else "Ray"
+        fail(f"{where}: cannot be reached or started: {first_line(error)}")
+
+
+def check_address(address: str) -> None:
+    """Whether anybody listens there; Ray itself would end the program without a word of Python."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # auto
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        fail(f"--ray-address {address}: cannot be reached ({error}); `ray start --head` prints it")
+
+
+def start_actors(config, ranks) -> list:
+    """Reserve what the trainer and the samplers need, all at once, and start the samplers."""
+    places = [{"CPU": 1, "GPU": config.gpus_per_sampler}] * config.num_samplers
+    if config.trainer_gpus:
+        here = f"node:{ray.util.get_node_ip_address()}"  # a resource of this machine alone
+        places = [{"GPU": config.trainer_gpus, here: 0.001}, *places]
+    places = [{kind: count for kind, count in place.items() if count} for place in places]
+    has = ray.cluster_resources()
+    for kind in ("CPU", "GPU"):
+        if sum(place.get(kind, 0) for place in places) > has.get(kind, 0):
+            fail(what_is_lacking(config))
+    group = placement_group(places, strategy="PACK")
+    if not group.wait(SECONDS_FOR_PLACES):
+        fail(what_is_lacking(config))
+    if config.trainer_gpus:
+        check_trainers_gpus(config, ranks, group)
+    first = len(places) - config.num_samplers
+    actors = []
+    for number in range(config.num_samplers):
+        actor = ray.remote(Sampler).options(
+            num_cpus=1,
+            num_gpus=config.gpus_per_sampler,
+            max_restarts=MOST_RESTARTS,
+            max_task_retries=MOST_REPEATS,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, first + number),
+        )
+        actors.append(actor.remote(config))
+        actors[-1].get_ready.remote()
+    return actors
+
+
+def what_is_lacking(config) -> str:
+    needs = f"{config.num_samplers} sampler(s) with 1 CPU and {config.gpus_per_sampler:g} GPU each"
+    if config.trainer_gpus:
+        needs += f", and a trainer with {config.trainer_gpus:g} GPU on this machine"
+    total = ray.cluster_resources()
+    free = ray.available_resources()
+    has = [f"{total.get(k, 0):g} {k} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU")]
+    return f"Ray has no place for {needs}: it has {' and '.join(has)}"
+
+
+def check_trainers_gpus(config, ranks, group) -> None:
+    """The trainer's processes take the first GPUs. Are these what Ray keeps for them?"""
+    strategy = PlacementGroupSchedulingStrategy(group, 0)
+    ask = ray.remote(ray.get_gpu_ids).options(
+        num_cpus=0, num_gpus=config.trainer_gpus, scheduling_strategy=strategy
+    )
+    kept = [str(number) for number in ray.get(ask.remote())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+    first = config.device_index or 0
+    used = names[first : first + ranks.count]
+    if torch.cuda.is_available() and set(used) != set(kept):
+        hint = "--trainer-gpus counts those of all its processes; --device-index chooses one"
+        fail(f"Ray keeps GPU {', '.join(kept)} for a trainer on {', '.join(used)}: {hint}")

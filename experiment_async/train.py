@@ -1,0 +1,605 @@
+"""GRPO whose samplers and trainer work at the same time, in processes that Ray runs.
+
+    python experiment_async/train.py                             # one sampler, one trainer
+    python experiment_async/train.py --max-staleness 0           # in turn, as experiment_base
+    python experiment_async/train.py --num-samplers 3 --trainer-gpus 1 --gpus-per-sampler 1
+    python experiment_async/train.py --engine vllm --trainer-gpus 0.5 --gpus-per-sampler 0.5
+
+Parent: experiment_accelerate. While the trainer trains on a step, samplers sample later ones. So
+the weights that sampled a step are older than those that train on it, by at most `max_staleness`
+updates. Two things make that right:
+
+    old log-probs       are those of the weights that the step begins with. The trainer computes
+                        them; the sampler's are of older weights.
+    importance weight   min(exp(old - sampled), importance_cap), on each token's loss. A token that
+                        the sampler's weights drew too often counts less.
+
+samplers.py holds what is particular to Ray, engines.py what samples.
+"""
+
+import random
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from data import (
+    characters_of,
+    choose_rows,
+    is_same_number,
+    last_number,
+    number_of,
+    parse_number,
+    read_train_and_eval_rows,
+    text_of,
+)
+from engines import sample
+from loss import GRPOLoss, loss_metrics
+from model import (
+    as_reference,
+    autocast,
+    can_pack,
+    find_eos_ids,
+    load_model,
+    load_tokenizer,
+    make_optimizer,
+    make_scaler,
+    optimizer_step,
+    out_of_memory_names,
+    peak_memory,
+    render_prompt,
+    resolve,
+    unwrap,
+)
+from ranks import RankRun, Ranks, is_rank_0, process_group, without_ddp
+from replay_buffer import Experience, MicroBatch, ReplayBuffer
+from run import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptionalInt,
+    PositiveInt,
+    Seed,
+    Share,
+    Temperature,
+    check_config,
+    fail,
+    is_due,
+    rollout_metrics,
+    show_completion,
+    speed_metrics,
+)
+from samplers import Samplers, async_metrics
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+EXPERIMENT = Path(__file__).resolve().parent.name
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+@dataclass
+class Config:
+    # ---- the run
+
+    # Name of the run's directories. Default: the experiment and the time.
+    run_name: str | None = None
+    # Holds <run-name>/metrics.jsonl and the TensorBoard log.
+    log_dir: str = "runs"
+    # Log to Weights & Biases too (pip install wandb).
+    wandb: bool = False
+    # The project at Weights & Biases.
+    wandb_project: str = "grpo"
+    # Decides the prompts' order, the samples and LoRA's first weights.
+    seed: Seed = 42
+    # Which CUDA device. Default: the first, else Apple's, else the CPU.
+    device_index: OptionalInt = None
+    # Holds <experiment>/<run-name>/step_000020.
+    checkpoint_path: str = "./output"
+    # Steps between checkpoints. Higher: fewer writes, more to lose. 0: only the last step has one.
+    checkpoint_interval: NonNegativeInt = 20
+    # Continue the named run, else the one of this experiment that was started last.
+    resume: bool = False
+    # Steps between evaluations. Higher: faster. 0: only before the first step and after the last.
+    eval_interval: NonNegativeInt = 10
+    # Steps between completions that are printed in full. 0: none.
+    log_completions_interval: NonNegativeInt = 10
+    # A small run to see that all works: at most 100 prompts and 100 steps, a checkpoint every 50.
+    test: bool = False
+
+    # ---- the model
+
+    # A directory (of a model or an adapter), or a name on the hub.
+    model_name: str = str(DATA / "policy_math")
+    # Precision of matrix products. Weights that are trained are float32.
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # flex_attention trains faster on rows of thousands of tokens, and compiles for 20 s first.
+    # flash_attention_2 takes no (tokens, tokens) mask, so rows hold one completion with it.
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
+    # Rank of adapters on all linear layers. Higher: can learn more, takes more memory. 0 trains
+    # every weight of the model instead.
+    lora_rank: NonNegativeInt = 0
+    # Frozen weights in nf4 (needs LoRA): a quarter of their memory, a little slower.
+    load_in_4bit: bool = False
+    # Much less memory in training, for a third more time.
+    gradient_checkpointing: bool = False
+
+    # ---- the data
+
+    # .jsonl, .json, .parquet, or a hub data set: name or name:config.
+    data_path: str = str(DATA / "math_tasks.jsonl")
+    # Default: <data>_eval.jsonl beside it, the hub's test split, or the last 10 %.
+    eval_data_path: str | None = None
+    # The field of a row that holds the question.
+    question_field: str = "question"
+    # The field that holds a number. Where it holds ####, the number follows that.
+    answer_field: str = "answer"
+    # The embedded policy knows this one only.
+    system_prompt: str = (
+        "Reason step by step inside <think> </think>, "
+        "then give the final number inside <answer> </answer>."
+    )
+    # Training prompts, from the start of the file.
+    max_prompts: PositiveInt = 1024
+    # Held-out prompts. Higher: a steadier figure, and slower evaluations.
+    max_eval_prompts: PositiveInt = 512
+    # Rows with more num_terms are left out. This and the next two concern rows with such fields.
+    max_terms: NonNegativeInt = 3
+    # Rows with more num_digits are left out.
+    max_digits: NonNegativeInt = 2
+    # Rows with other operators are left out.
+    operators: str = "+-"
+
+    # ---- sampling
+
+    # Completions of a prompt, at least 2. Higher: a better baseline, and more sampling.
+    group_size: PositiveInt = 8
+    # Prompts of a step. Higher: a less noisy gradient, and longer steps.
+    rollouts_per_step: PositiveInt = 16
+    # Higher: more varied completions. Every log-prob of the loss is taken at this temperature.
+    temperature: Temperature = 1.0
+    # Tokens of prompt and completion together.
+    max_length: PositiveInt = 512
+    # Tokens of a completion. Higher: fewer are cut off, and sampling takes longer.
+    max_new_tokens: PositiveInt = 64
+    # Completions sampled at once. Higher: faster, more memory. Draws other random numbers.
+    sample_rows: PositiveInt = 256
+    # With FSDP. whole: a second model with whole weights samples. layers: the sharded policy does,
+    # gathering a layer at a time for every token: slow, for models that no single device holds.
+    sampling_weights: Literal["whole", "layers"] = "whole"
+
+    # ---- samplers
+
+    # Processes that sample while the trainer trains. Each holds the model once more.
+    num_samplers: PositiveInt = 1
+    # What samples: the loop in sampling.py, or vLLM (requirements-vllm.txt).
+    engine: Literal["hf", "vllm"] = "hf"
+    # A Ray cluster to join: its address, or auto. Default: Ray starts on this machine.
+    ray_address: str | None = None
+    # GPUs of the trainer. Fractions: several processes share one.
+    trainer_gpus: NonNegativeFloat = 0.0
+    # GPUs of each sampler.
+    gpus_per_sampler: NonNegativeFloat = 0.0
+    # Updates by which the weights that sampled may be older than those that are trained. Higher:
+    # the trainer waits less, and learns from older samples. 0: they work in turn.
+    max_staleness: NonNegativeInt = 2
+    # The most that a token's importance weight may be. 0: no correction.
+    importance_cap: NonNegativeFloat = 2.0
+    # Seconds that each sampler waits before each step: to see what asynchrony is worth.
+    sampler_delay: NonNegativeFloat = 0.0
+
+    # ---- the update
+
+    # Stop after this many; 0 only evaluates.
+    max_steps: OptionalInt = None
+    # Passes over the prompts.
+    epochs: PositiveInt = 1
+    # Passes over a step's completions. Higher: more updates from the same samples, further
+    # off-policy.
+    epochs_per_step: PositiveInt = 1
+    # Completions of an update. Lower: more updates a step; all but the first are off-policy, and
+    # there the clip matters.
+    train_batch_size: PositiveInt = 64
+    # Tokens forwarded at once, padding included; a longer row goes alone. Higher: more memory, and
+    # faster on a GPU, where real models take 4096. Changes the gradient by rounding only.
+    micro_batch_tokens: PositiveInt = 1024
+    # adamw8bit keeps its state in 8 bits (bitsandbytes).
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    # Learning rate of the embedded policy. Real models: 1e-6 for all weights, 1e-5 with LoRA.
+    lr: NonNegativeFloat = 5e-5
+    # A longer gradient is scaled down to this norm. Higher: that happens less often. 0: never.
+    max_norm: NonNegativeFloat = 1.0
+    # A token with a negative advantage is pushed down no further once its probability is below
+    # its old one times 1 - clip_eps_low. Higher: larger moves within a step.
+    clip_eps_low: Share = 0.2
+    # One with a positive advantage is pushed up no further once above 1 + clip_eps_high times it.
+    clip_eps_high: NonNegativeFloat = 0.2
+    # Weight of the KL to the policy that training began with. Higher: stays closer. 0 needs no
+    # reference.
+    kl_weight: NonNegativeFloat = 0.01
+    # How tokens are averaged, see token_weights in loss.py.
+    critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"
+    # How far off a number may be, relative to the right one. At least 1e-6 where it is no integer.
+    answer_tolerance: NonNegativeFloat = 0.0
+    # Reward of the right form. A right answer earns 1.
+    format_weight: NonNegativeFloat = 0.1
+
+    @property
+    def generate_max_length(self) -> int:
+        """The most tokens that a completion may sample."""
+        return self.max_new_tokens
+
+
+# ---------------------------------------------------------------- prompts
+@dataclass
+class Prompt:
+    ids: list[int]
+    answer: str
+
+
+def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts, held-out prompts), checked, rendered by the chat template, tokenised."""
+    rows, eval_rows = read_train_and_eval_rows(config.data_path, config.eval_data_path)
+    rows, eval_rows = choose_rows(rows, eval_rows, config, left_out_by)
+    prompts = [make_prompt(where, row, config, tokenizer) for where, row in rows]
+    eval_prompts = [make_prompt(where, row, config, tokenizer) for where, row in eval_rows]
+    return prompts, eval_prompts
+
+
+def left_out_by(where: str, row: dict, config: Config) -> str:
+    """The constant that leaves a row out; "" where it is selected."""
+    if number_of(where, row, "num_terms", 0) > config.max_terms:
+        return "max_terms"
+    if number_of(where, row, "num_digits", 0) > config.max_digits:
+        return "max_digits"
+    if not characters_of(where, row, "operators") <= set(config.operators):
+        return "operators"
+    return ""
+
+
+def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
+    """The prompt of a row. `where` is its file and line, for error texts."""
+    question = text_of(where, row, "--question-field", config.question_field)
+    answer = text_of(where, row, "--answer-field", config.answer_field)
+    answer = answer.split("####")[-1].strip()
+    if parse_number(answer) is None:
+        wanted = "must be a number of at most 50 characters"
+        fail(f"{where}: field {config.answer_field!r} {wanted}, is {answer[:50]!r}")
+
+    text = render_prompt(tokenizer, config.system_prompt, question)
+    # The template has written BOS already, where the model has one.
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) + config.max_new_tokens > config.max_length:
+        budget = f"--max-length {config.max_length} - --max-new-tokens {config.max_new_tokens}"
+        advice = "raise --max-length or shorten the prompt"
+        fail(f"{where}: the prompt has {len(ids)} tokens, more than {budget}; {advice}")
+    return Prompt(ids, answer)
+
+
+def prompts_of_step(prompts: list[Prompt], step: int, config: Config) -> list[Prompt]:
+    """The prompts of a step (the first is 1). An epoch's order depends on (seed, epoch) alone."""
+    steps_per_epoch = len(prompts) // config.rollouts_per_step
+    epoch, position = divmod(step - 1, steps_per_epoch)
+    generator = make_generator("cpu", config.seed, "epoch", epoch)
+    order = torch.randperm(len(prompts), generator=generator)
+    first = position * config.rollouts_per_step
+    return [prompts[i] for i in order[first : first + config.rollouts_per_step]]
+
+
+def make_generator(device, *key) -> torch.Generator:
+    """Random numbers that depend on the key alone: a resumed run draws the same ones."""
+    seed = random.Random(repr(key)).getrandbits(63)
+    return torch.Generator(device).manual_seed(seed)
+
+
+# ---------------------------------------------------------------- reward
+FORM = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
+
+
+def accuracy_reward(completion: str, answer: str, tolerance: float = 0.0) -> float:
+    """1 where the text of the completion's last <answer> ... </answer> is the right number."""
+    _, opened, rest = completion.rpartition("<answer>")
+    given, closed, _ = rest.partition("</answer>")
+    if not (opened and closed):
+        return 0.0
+    return float(is_same_number(given, answer, tolerance))
+
+
+def format_reward(completion: str) -> float:
+    """1 where the completion is <think> ... </think> <answer> ... </answer> and nothing else."""
+    for tag in ("<think>", "</think>", "<answer>", "</answer>"):
+        if completion.count(tag) != 1:
+            return 0.0
+    return 1.0 if re.fullmatch(FORM, completion, re.DOTALL) else 0.0
+
+
+def is_lenient_match(completion: str, answer: str, tolerance: float = 0.0) -> bool:
+    """Whether it is rewarded, or the last number is right, whatever stands around it."""
+    if accuracy_reward(completion, answer, tolerance):
+        return True
+    return is_same_number(last_number(completion), answer, tolerance)
+
+
+def reward(experience: Experience, config: Config) -> dict[str, torch.Tensor]:
+    """The parts of the reward, (group_size,) each; the reward is their sum."""
+    accuracy = []
+    form = []
+    for completion in experience.completions:
+        accuracy.append(accuracy_reward(completion, experience.answer, config.answer_tolerance))
+        form.append(format_reward(completion))
+    return {
+        "reward_accuracy": torch.tensor(accuracy),
+        "reward_format": config.format_weight * torch.tensor(form),
+    }
+
+
+# ---------------------------------------------------------------- sampling
+@out_of_memory_names("sample_rows")
+def rollout(
+    policy, tokenizer, prompts: list[Prompt], group_size: int, config: Config, generator=None
+) -> list[Experience]:
+    """A group of `group_size` completions for every prompt; greedy without a generator."""
+    policy.eval()
+    eos_ids = find_eos_ids(policy, tokenizer)
+    prompts_at_once = max(1, config.sample_rows // group_size)
+    experiences = []
+    for start in range(0, len(prompts), prompts_at_once):
+        chunk = prompts[start : start + prompts_at_once]
+        histories = [prompt.ids for prompt in chunk for _ in range(group_size)]
+        ids, log_probs = sample(policy, histories, eos_ids, config, generator)
+        for i, prompt in enumerate(chunk):
+            group = slice(i * group_size, (i + 1) * group_size)
+            truncated = [float(row[-1].item() not in eos_ids) for row in ids[group]]
+            experience = Experience(
+                prompt_ids=torch.tensor(prompt.ids),
+                completion_ids=ids[group],
+                completion_masks=[torch.ones_like(row) for row in ids[group]],  # all sampled
+                sampled_log_probs=log_probs[group],
+                truncated=torch.tensor(truncated),
+                completions=tokenizer.batch_decode(ids[group], skip_special_tokens=True),
+                answer=prompt.answer,
+            )
+            experiences.append(experience)
+    return experiences
+
+
+# ---------------------------------------------------------------- advantages
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """(r - mean) / std over a group (2402.03300, section 4.1.2). (group_size,) in and out.
+
+    Ours: std divides by n - 1, and + 1e-4. Exactly 0 where all rewards are equal: their mean can
+    be off by rounding, and dividing that by 1e-4 would make it an advantage.
+    """
+    if (rewards == rewards[0]).all():
+        return torch.zeros_like(rewards)
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+
+
+# ---------------------------------------------------------------- log-probs
+def sequences_log_probs(model, micro_batch: MicroBatch, config: Config) -> torch.Tensor:
+    """Log-probs of a micro-batch's sampled tokens under `model`, (sampled,), at least float32.
+
+    It equals these lines, for every completion alone, with less work and less memory:
+
+        logits = model(prompt_ids + completion_ids) / temperature    # (tokens, vocabulary)
+        logits = logits[len(prompt_ids) - 1 : -1]                    # logits[t] predicts t + 1
+        log_probs = log_softmax(logits)                              # (completion, vocabulary)
+        return log_probs.gather(completion_ids)                      # (completion,)
+
+    Less work: a row holds a group, packed. Less memory: only hidden states that predict a sampled
+    token go through the output head, and where they are many, in chunks that the backward pass
+    computes again.
+    """
+    base = unwrap(model)
+    with autocast(config, micro_batch.input_ids.device):  # offloaded weights are on the CPU
+        mask_dtype = base.dtype  # the mask is added to attention scores, so it has their precision
+        if config.precision != "float32":
+            mask_dtype = getattr(torch, config.precision)
+        decoder = base.get_decoder()  # the model without its output head, which follows below
+        output = decoder(
+            micro_batch.input_ids,  # (rows, tokens)
+            attention_mask=micro_batch.attention_mask(mask_dtype),
+            position_ids=micro_batch.position_ids,
+            use_cache=False,
+        )
+        hidden = output.last_hidden_state.flatten(0, 1)  # (rows * tokens, hidden size)
+        # index_select: its gradient repeats bit for bit on many threads, that of hidden[...] not.
+        hidden = hidden.index_select(0, micro_batch.predicted_from)  # (sampled, hidden size)
+        vocabulary = base.config.get_text_config().vocab_size
+        chunk = max(1, 2**26 // vocabulary)  # tokens at once: 256 MB of float32 logits
+        if len(hidden) <= chunk:  # a single one keeps its logits: the backward pass begins with it
+            return token_log_probs(base, hidden, micro_batch.targets, config.temperature)
+        log_probs = []
+        for states, targets in zip(hidden.split(chunk), micro_batch.targets.split(chunk)):
+            arguments = (base, states, targets, config.temperature)
+            log_probs.append(checkpoint(token_log_probs, *arguments, use_reentrant=False))
+    return torch.cat(log_probs)
+
+
+def token_log_probs(base, hidden, targets, temperature: float) -> torch.Tensor:
+    """log_softmax(logits / temperature) at the targets, which is minus the cross-entropy.
+
+    hidden: (tokens, hidden size). Returns (tokens,).
+    """
+    logits = base.get_output_embeddings()(hidden)  # (tokens, vocabulary)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)  # Gemma
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    if temperature != 1:  # a pass over all logits
+        logits = logits / temperature
+    return -cross_entropy(logits, targets, reduction="none")
+
+
+@torch.no_grad()
+def add_old_and_reference_log_probs(
+    model, reference, batches: list[list[MicroBatch]], config: Config
+) -> None:
+    """Fill in what the loss compares the policy with: log pi_old and log pi_ref.
+
+    log pi_old is of the policy that sampled. Where it comes from differs by rounding and cost:
+
+        first batch                no update came before it: its own training forward, detached
+                                   (GRPOLoss does it). Free, and the first ratio is exactly 1
+        later                      computed again, here: the sampler's weights may be older. (With
+                                   importance_cap 0 and in float32: noted while sampling)
+    """
+    model.eval()
+    for batch in batches[1:]:
+        for micro_batch in batch:
+            if config.precision == "float32" and not config.importance_cap:
+                micro_batch.old_log_probs = micro_batch.sampled_log_probs
+            else:
+                micro_batch.old_log_probs = model(sequences_log_probs, micro_batch, config)
+    if config.kl_weight:
+        forward = model if reference is None else reference
+        with as_reference(without_ddp(model).policy, reference):  # LoRA: with its adapter off
+            for batch in batches:
+                for micro_batch in batch:
+                    log_probs = forward(sequences_log_probs, micro_batch, config)
+                    micro_batch.reference_log_probs = log_probs
+
+
+# ---------------------------------------------------------------- evaluation
+def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config, ranks) -> dict[str, float]:
+    """Greedy accuracy on the held-out prompts: as it is rewarded, and by `is_lenient_match`.
+
+    Each rank answers its share; the figures are those of all prompts.
+    """
+    right = []
+    right_leniently = []
+    for experience in rollout(policy, tokenizer, ranks.own(prompts), 1, config):
+        judged = (experience.completions[0], experience.answer, config.answer_tolerance)
+        right.append(accuracy_reward(*judged))
+        right_leniently.append(is_lenient_match(*judged))
+    return {
+        "eval_accuracy": sum(ranks.all_of(right)) / len(prompts),
+        "eval_accuracy_lenient": sum(ranks.all_of(right_leniently)) / len(prompts),
+        "eval_count": len(prompts),
+    }
+
+
+# ---------------------------------------------------------------- main
+def main(config: Config) -> None:
+    ranks = Ranks()
+    config = ranks.add_device_and_run_name(config, EXPERIMENT)
+    ranks.wait_for_first()  # so that what is wrong is said once
+    ranks.check(config)
+    check_config(config)
+    config, device = resolve(config)
+    for name, value in asdict(config).items():
+        print(f"{name}: {value}")
+    tokenizer = load_tokenizer(config)
+    prompts, eval_prompts = read_prompts(config, tokenizer)
+    run = RankRun(config, EXPERIMENT, prompts, ranks)
+    samplers = Samplers(config, ranks, run.log_dir)  # they load while the trainer does
+    ranks.first_is_ready()
+    policy, reference = load_model(config, ranks.loading_device(device), run.last_checkpoint)
+    # Training calls `model`, the policy inside DDP or FSDP: model(sequences_log_probs, ...).
+    model = ranks.wrap(policy)
+    sampler = ranks.make_sampler(policy, model, config, device)  # the policy; with FSDP a copy
+    reference = ranks.wrap(reference) if reference is not None else None
+    ranks.gather_weights(policy, sampler)
+    run.open()  # from here on it can be resumed
+    evaluation = evaluate(sampler, tokenizer, eval_prompts, config, ranks)
+    print("held out:", evaluation)
+    if config.max_steps == 0:
+        return
+
+    run.start(evaluation)
+    optimizer = make_optimizer(policy, config)
+    ranks.load_optimizer_state(model, optimizer, run.state.pop("optimizer", None))
+    scaler = make_scaler(config, device, run.state.get("scaler"))
+    objective = GRPOLoss(
+        config.clip_eps_low, config.clip_eps_high, config.kl_weight, config.importance_cap
+    )
+    packed = can_pack(unwrap(policy).config, config.max_length)
+    replay_buffer = ReplayBuffer(packed, ranks)
+    steps_per_epoch = len(prompts) // config.rollouts_per_step
+    last_step = config.epochs * steps_per_epoch
+    if config.max_steps is not None:
+        last_step = min(last_step, config.max_steps)
+
+    version = run.state.get("version", 0)  # of the weights: the updates that made them
+    samplers.publish(version, sampler)
+
+    for step in run.steps(last_step):
+        # 1. Ask for this step and for as many after it as staleness permits; wait for this one.
+        step_start = time.time()
+        for later in range(step, min(step + samplers.steps_ahead, last_step) + 1):
+            samplers.ask(later, prompts_of_step(prompts, later, config))
+        taken = samplers.take(step)
+        experiences = taken.experiences
+        sampling_end = time.time()
+
+        # 2. Reward each completion, and compare it with its group.
+        for experience in experiences:
+            experience.reward_parts = reward(experience, config)
+            experience.rewards = sum(experience.reward_parts.values())  # (group_size,)
+            experience.advantages = group_advantages(experience.rewards)  # (group_size,)
+        run.watch(step, experiences, tokenizer)  # warns where no group has spread
+
+        # 3. Cut the groups into batches, of which each rank forwards a share of the rows; add the
+        #    old policy's and the reference's log-probs.
+        replay_buffer.extend(experiences)
+        generator = make_generator("cpu", config.seed, "batches", step)
+        batches = []
+        for batch in replay_buffer.batches(config, generator):
+            batches.append([micro_batch.to(device) for micro_batch in batch])
+        with out_of_memory_names("micro_batch_tokens"):  # if memory runs out, names it
+            add_old_and_reference_log_probs(model, reference, batches, config)
+
+            # 4. Update the policy, once for every batch.
+            model.train()  # for gradient checkpointing; dropout is 0 (model.py)
+            grad_norms = []
+            for batch in batches * config.epochs_per_step:
+                if not batch:
+                    continue  # kl_weight is 0, and so is every advantage: no gradient
+                for micro_batch in batch:
+                    with ranks.without_sync(model, is_last=micro_batch is batch[-1]):
+                        log_probs = model(sequences_log_probs, micro_batch, config)  # (sampled,)
+                        loss = objective(log_probs, micro_batch)
+                        if micro_batch.is_filler:
+                            objective.token_sums.pop()  # it is no part of the batch
+                        scaler.scale(loss).backward()  # scale: for float16, else it does nothing
+                grad_norms.append(optimizer_step(policy, optimizer, scaler, config))
+        ranks.gather_weights(policy, sampler)
+        version += len(grad_norms)
+        sync_seconds = samplers.publish(version, sampler)
+        run.check_updates(grad_norms)  # ends the run where none is finite any more
+        replay_buffer.clear()
+
+        # 5. Log, evaluate, save.
+        token_sums = ranks.sums_of_all(objective.token_sums)
+        metrics = {
+            "elapsed_seconds": run.elapsed_seconds(),
+            **rollout_metrics(experiences),
+            **loss_metrics(token_sums, grad_norms, config.max_norm),
+            **speed_metrics(experiences, token_sums, step_start, sampling_end),
+            **async_metrics(taken, version - len(grad_norms), sync_seconds),
+            "lr": config.lr,
+            "peak_memory": max(ranks.gather(peak_memory(device))),
+        }
+        objective.token_sums.clear()
+        is_last = step == last_step
+        if is_last or is_due(step, config.eval_interval):
+            metrics |= evaluate(sampler, tokenizer, eval_prompts, config, ranks)
+        shown = None
+        if is_due(step, config.log_completions_interval):
+            shown = show_completion(experiences[0], tokenizer)
+        run.log(step, metrics, shown)
+        if is_last or run.stop_requested or is_due(step, config.checkpoint_interval):
+            state = {"optimizer": ranks.optimizer_state(model, optimizer)}
+            state["scaler"] = scaler.state_dict()
+            state["version"] = version
+            run.save(step, policy, tokenizer, state)
+        if is_last:
+            break
+    run.close()
+    samplers.close()
+
+
+if __name__ == "__main__":
+    with process_group():
+        main(tyro.cli(Config, description=__doc__, console_outputs=is_rank_0()))
