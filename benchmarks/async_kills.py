@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +139,9 @@ def trial(
     if run.process.poll() is not None or not targets:
         done["target"] = "nothing to kill"
     else:
-        target = random.Random(number).choice(targets)
+        chance = random.Random(number)
+        name = chance.choice(sorted({target.name() for target in targets}))  # each as likely
+        target = chance.choice([target for target in targets if target.name() == name])
         done["process"] = target.name()
         target.kill()
     killed = time.time()
@@ -188,12 +191,13 @@ def main(config: Config) -> None:
         while kills < config.kills:
             number = len(trials)
             kind = TARGETS[kills % len(TARGETS)]
-            moment = chance.uniform(4.0, undisturbed["seconds"])
+            moment = chance.uniform(0.5, 0.9 * undisturbed["seconds"])
             trials.append(trial(folder, number, kind, moment, config.patience, undisturbed, runs))
             kills += "process" in trials[-1]
             print(number, trials[-1], flush=True)
     time.sleep(SECONDS_OF_RAYS_OWN)
     left = [name for run in runs for name in run.left()]
+    by_name = Counter(trial.get("process") for trial in trials)
     failed = sum(bool(trial["problems"]) for trial in trials)
     report = {
         "date": datetime.date.today().isoformat(),
@@ -201,6 +205,7 @@ def main(config: Config) -> None:
         "undisturbed_seconds": round(undisturbed["seconds"], 1),
         "kills": kills,
         "failed": failed,
+        "killed": {str(name): count for name, count in by_name.items() if name},
         "longest_end": max(trial["ended_after"] for trial in trials),
         "processes_left": left,
         "trials": trials,

@@ -1,11 +1,18 @@
 """What staleness does to learning, with the importance weights and without.
 
-    python benchmarks/staleness.py      # 25 minutes; it can be stopped and started again
+    python benchmarks/staleness.py      # 30 minutes; it can be stopped and started again
 
-experiment_async with one update a step, so that a step more is an update more: held-out accuracy
-over equal samples, for max_staleness 0, 1, 4, 16. Writes into results/staleness.json.
+Two parts, three seeds each:
+
+    default     the default's learning rate, where staleness hardly matters: held-out accuracy after
+                64 steps, of experiment_base and of experiment_async
+    fast        a learning rate so high that learning is unsteady, one update a step, samples
+                up to 0, 1, 4 and 16 updates old: held-out accuracy over equal samples
+
+Writes results/staleness.json and results/staleness.png.
 """
 
+import datetime
 import json
 import os
 import subprocess
@@ -13,49 +20,102 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import tyro
+from vs_trl import describe_machine
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+ONE_UPDATE = "--train-batch-size 128"
+DEFAULT = {  # name -> experiment, flags
+    "base, one update a step": ("experiment_base", ONE_UPDATE),
+    "staleness 1, one update a step": ("experiment_async", f"{ONE_UPDATE} --max-staleness 1"),
+    "staleness 16, one update a step": ("experiment_async", f"{ONE_UPDATE} --max-staleness 16"),
+    "staleness 2, two updates a step": ("experiment_async", ""),
+}
 
 
 @dataclass
-class Options:
+class Config:
     seeds: tuple[int, ...] = (42, 1, 2)
     staleness: tuple[int, ...] = (0, 1, 4, 16)
+    fast_lr: float = 5e-4
+    steps: int = 40
     folder: Path = ROOT / "runs" / "staleness"
-    output: Path = ROOT / "results" / "staleness.json"
+    output: Path = ROOT / "results"
 
 
-def run(options: Options, seed: int, staleness: int, cap: float) -> dict[str, float]:
-    """step -> held-out accuracy."""
-    name = f"{seed}_{staleness}_{cap:g}"
-    metrics = options.folder / name / "metrics.jsonl"
-    done = metrics.exists() and '\n{"step": 64' in metrics.read_text()
-    if not done:
-        command = [sys.executable, str(ROOT / "experiment_async" / "train.py"), "--run-name", name]
-        command += ["--seed", str(seed), "--max-staleness", str(staleness)]
-        command += ["--importance-cap", str(cap), "--train-batch-size", "128"]
-        command += ["--log-dir", str(options.folder), "--eval-interval", "4"]
-        command += ["--checkpoint-path", str(options.folder / "out"), "--checkpoint-interval", "0"]
+def run(config: Config, name: str, experiment: str, seed: int, flags: str) -> dict[int, float]:
+    """step -> held-out accuracy. What has been run to its end is read from its log."""
+    name = f"{name}_{seed}"
+    metrics = config.folder / name / "metrics.jsonl"
+    if not (config.folder / f"{name}.done").exists():
+        script = ROOT / experiment / "train.py"
+        command = [sys.executable, str(script), "--run-name", name, "--seed", str(seed)]
+        command += ["--log-dir", str(config.folder), "--checkpoint-interval", "0"]
+        command += ["--checkpoint-path", str(config.folder / "out"), *flags.split()]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         found = subprocess.run(command, env=environment, capture_output=True, text=True)
         if found.returncode:
             sys.exit(f"error: {' '.join(command)}\n{found.stderr[-2000:]}")
+        (config.folder / f"{name}.done").touch()
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return {line["step"]: line["eval_accuracy"] for line in lines if "eval_accuracy" in line}
 
 
-def main(options: Options) -> None:
-    report = {}
-    for seed in options.seeds:
-        for staleness in options.staleness:
-            for cap in (2.0, 0.0):
-                found = run(options, seed, staleness, cap)
-                report[f"seed {seed}, staleness {staleness}, cap {cap:g}"] = found
-                print(seed, staleness, cap, [f"{100 * a:.0f}" for a in found.values()], flush=True)
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
+def main(config: Config) -> None:
+    report = {"date": datetime.date.today().isoformat(), "machine": describe_machine()}
+    report["default"] = {}
+    for name, (experiment, flags) in DEFAULT.items():
+        label = name.replace(" ", "_").replace(",", "")
+        last = [max(run(config, label, experiment, s, flags).items())[1] for s in config.seeds]
+        report["default"][name] = [round(accuracy, 4) for accuracy in last]
+        print(name, report["default"][name], flush=True)
+
+    report["fast"] = {}
+    for staleness in config.staleness:
+        for cap in (2.0, 0.0):
+            if cap == 0 and staleness == 0:
+                continue  # where nothing is old, every weight is 1
+            flags = f"{ONE_UPDATE} --max-staleness {staleness} --importance-cap {cap:g}"
+            flags += f" --lr {config.fast_lr} --max-steps {config.steps} --eval-interval 4"
+            flags += " --max-eval-prompts 256"
+            label = f"staleness {staleness}, " + ("corrected" if cap else "not corrected")
+            for seed in config.seeds:
+                name = f"fast_{config.fast_lr:g}_{staleness}_{cap:g}"
+                found = run(config, name, "experiment_async", seed, flags)
+                report["fast"].setdefault(label, {})[seed] = found
+                print(label, seed, [f"{100 * a:.0f}" for a in found.values()], flush=True)
+    config.output.mkdir(exist_ok=True)
+    (config.output / "staleness.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(config, report["fast"], config.output / "staleness.png")
+
+
+def draw(config: Config, found: dict, path: Path) -> None:
+    """A picture for each staleness: the mean of the seeds, and a line for each."""
+    figure, pictures = plt.subplots(
+        1, len(config.staleness), figsize=(3 * len(config.staleness), 3), sharey=True
+    )
+    for axes, staleness in zip(pictures, config.staleness):
+        for kind, colour in (("corrected", "tab:blue"), ("not corrected", "tab:orange")):
+            curves = list(found.get(f"staleness {staleness}, {kind}", {}).values())
+            if not curves:
+                continue
+            steps = list(curves[0])
+            for curve in curves:
+                axes.plot(steps, list(curve.values()), color=colour, alpha=0.3, linewidth=1)
+            mean = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
+            axes.plot(steps, mean, color=colour, label=kind)
+        axes.set_title(f"at most {staleness} updates old", fontsize=10)
+        axes.set_xlabel("steps of 128 completions")
+        axes.grid(alpha=0.3)
+    pictures[0].set_ylabel("held-out accuracy")
+    pictures[-1].legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Config, description=__doc__))

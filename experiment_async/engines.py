@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import sampling
 import torch
-from model import base_model_of, load_model, load_tokenizer, resolve
+from model import base_model_of, halve_linear_layers, load_model, load_tokenizer, resolve
 from transformers import AutoConfig, GenerationConfig
 
 
@@ -47,22 +47,26 @@ class VLLM:
     def eval(self) -> None:
         pass
 
-    def sample(self, histories, eos_ids, config, generator=None):
+    def sample(self, histories, eos_ids, config, generator):
         from vllm import SamplingParams
 
-        if generator is not None:
-            # Requests of vLLM's CPU build take no seeds. Its engine draws from torch's numbers.
-            torch.manual_seed(generator.initial_seed())
-        parameters = SamplingParams(
-            temperature=0.0 if generator is None else config.temperature,
-            top_p=1.0,
-            top_k=-1,
-            min_p=0.0,
-            max_tokens=config.max_new_tokens,
-            stop_token_ids=sorted(eos_ids),
-            logprobs=0,  # of the drawn token alone
-            detokenize=False,
-        )
+        seeds = torch.randint(2**31, (len(histories),), generator=generator).tolist()
+        torch.manual_seed(seeds[0])
+        parameters = []
+        for seed in seeds:
+            one = SamplingParams(
+                temperature=config.temperature,
+                top_p=1.0,
+                top_k=-1,
+                min_p=0.0,
+                max_tokens=config.max_new_tokens,
+                stop_token_ids=sorted(eos_ids),
+                logprobs=0,  # of the drawn token alone
+                detokenize=False,
+                # The CPU build fails on seeds of requests. It draws from torch's own numbers.
+                seed=seed if torch.cuda.is_available() else None,
+            )
+            parameters.append(one)
         prompts = [{"prompt_token_ids": history} for history in histories]
         ids = []
         log_probs = []
@@ -112,6 +116,8 @@ def load_engine(config):
     name = base_model_of(config.model_name)
     changes = {"kl_weight": 0.0, "lora_rank": 0, "load_in_4bit": False, "model_name": name}
     policy, _ = load_model(replace(config, **changes), device)
+    if device.type != "cpu":
+        halve_linear_layers(policy, config)
     return policy, tokenizer
 
 

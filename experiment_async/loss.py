@@ -12,6 +12,7 @@ The paper maximises, over groups of G completions o_1 ... o_G of a prompt q,
     o_i, |o_i|         a completion, the number of its sampled tokens
     log pi             log_probs: of the policy, with gradient
     log pi_old         old_log_probs: of the policy before this step's first update
+    log pi_sampler     sampled_log_probs: of the policy that drew the tokens, with older weights
     log pi_ref         reference_log_probs: of the policy that training began with
     A_it               advantages: one number for a completion, repeated for each of its tokens
     eps                clip_eps_low, clip_eps_high
@@ -91,7 +92,9 @@ def importance_weights(micro_batch, cap: float) -> Tensor:
     """min(pi_old / pi_sampler, cap), (sampled tokens,), a constant; 1 where the cap is 0.
 
     The sampler drew with older weights. Weighted by this ratio, a token counts as often as the old
-    policy would have drawn it. The cap bounds the weight's variance.
+    policy would have drawn it after the same tokens. That these are the sampler's too stays
+    uncorrected: the exact weight is a product over all of them, whose variance is too large. The
+    cap bounds the variance further. (Truncated importance sampling, as in IMPALA, 1802.01561.)
     """
     if not cap:
         return torch.ones_like(micro_batch.weights)
@@ -180,6 +183,7 @@ def loss_metrics(
     }
     if not finite:
         names = ("loss", "grad_norm", "kl", "clip_fraction", "ess", "max_log_prob_gap")
+        names += ("importance_mean", "importance_capped_fraction")
         return {**dict.fromkeys(names), **of_updates}
     total = {}
     for name in token_sums[0]:
@@ -191,8 +195,8 @@ def loss_metrics(
         "clip_fraction": total["clipped"] / total["tokens"],
         # Effective sample size, a share: 1 where all ratios are equal, less the more they differ.
         "ess": total["ratio"] ** 2 / (total["tokens"] * total["ratio_squared"]),
-        # Sampled against recomputed, where old log-probs are recomputed: in a step's first batch,
-        # and in half precision in all. Rounding alone, or a bug in masks or positions.
+        # Sampled against recomputed. It is how far the weights have moved since; with samples of
+        # the same weights, rounding alone, or a bug in masks or positions.
         "max_log_prob_gap": max(part["gap"].item() for part in token_sums),
         "importance_mean": total["importance"] / total["tokens"],
         "importance_capped_fraction": total["capped"] / total["tokens"],

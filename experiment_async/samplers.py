@@ -1,4 +1,4 @@
-"""Samplers: processes of their own that sample while the trainer trains. Ray runs them as actors.
+"""Samplers: processes of their own that sample while the trainer trains. Ray runs them.
 
 Plumbing of this experiment alone. The trainer asks ahead: before it trains on step s, it has asked
 for the steps up to s + steps_ahead. A request carries the weights to sample with, the newest of
@@ -9,15 +9,23 @@ that moment, and a sampler answers its requests in turn. With one step ahead:
 
 So the requests decide which weights sample a step, and not who is fast. A run can be repeated bit
 for bit, also where a sampler dies: Ray starts it anew and repeats its requests.
+
+Ray's words:
+
+    actor                  an object that lives in a process of its own
+    actor.sample.remote()  calls its method there, and returns at once, with a
+    reference              to the result, which `ray.get` waits for and fetches
+    ray.put                stores an object in memory that the machine's processes share, and
+                           returns a reference to it. It is freed when no reference is left
+    placement group        CPUs and GPUs that are reserved together
 """
 
 import importlib.util
-import json
 import os
 import socket
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,7 +50,7 @@ except ImportError as error:
 
 FOLDER = Path(__file__).resolve().parent
 MOST_RESTARTS = 100  # of a sampler, in a run
-MOST_REPEATS = 3  # of a request whose sampler died
+MOST_REPEATS = 10  # of a request whose sampler died, while it waited too
 SECONDS_FOR_PLACES = 30  # a run that has just ended may still hold its GPUs
 
 
@@ -52,7 +60,7 @@ class Part:
 
     experiences: list  # one a prompt
     version: int  # of the weights that sampled: the updates that made them
-    began: float  # as time.time()
+    began: float  # by the clock, as time.time()
     ended: float
     idle_seconds: float  # without a request before this one
     loading_seconds: float  # spent on taking over weights
@@ -64,9 +72,10 @@ class Step:
     """All parts of a step, and what it took to get them."""
 
     experiences: list  # in the order of the step's prompts
-    parts: list[Part] = field(default_factory=list)  # by sampler
+    parts: list[Part]  # by sampler
+    waited_from: float  # by the clock
+    waited_until: float = 0.0
     dropped: int = 0  # groups that were too old, and so were sampled again
-    waited: float = 0.0  # seconds that the trainer waited
 
 
 class Sampler:
@@ -80,7 +89,7 @@ class Sampler:
 
     def get_ready(self) -> None:
         """Load the model. Not in __init__, whose errors Ray tells with many tracebacks."""
-        from engines import load_engine
+        from engines import load_engine  # not above: the trainer imports no vLLM
 
         if self.policy is None:
             with errors_for_the_trainer():
@@ -90,11 +99,11 @@ class Sampler:
     def sample(self, prompts: list, key: tuple, version: int, weights: list) -> Part:
         """A group for each prompt.
 
-        key: decides the random numbers. weights: [a reference to them], so that they are fetched
-        only where they are new.
+        key: decides the random numbers. weights: [a reference to them]. Ray fetches arguments that
+        are references themselves; one in a list is fetched here, only where it is new.
         """
         from engines import load_weights
-        from train import make_generator, rollout
+        from train import make_generator, rollout  # not above: train.py imports this file
 
         self.get_ready()  # where it was started anew, nobody else has called it
         start = time.time()
@@ -127,10 +136,9 @@ def errors_for_the_trainer():
 class Samplers:
     """All samplers, as the trainer sees them. Of its ranks, rank 0 alone talks to them."""
 
-    def __init__(self, config, ranks, log_dir: Path) -> None:
+    def __init__(self, config, ranks) -> None:
         self.config = config
         self.ranks = ranks
-        self.timeline = log_dir / "timeline.jsonl"
         self.steps_ahead = config.max_staleness // updates_per_step(config)
         self.requests = {}  # step -> for each sampler (prompts, a reference to its Part)
         self.actors = []
@@ -139,6 +147,11 @@ class Samplers:
         if ranks.is_first and config.max_steps != 0:
             start_ray(config)
             self.actors = start_actors(config, ranks)
+            loading = [actor.get_ready.remote() for actor in self.actors]
+            if config.engine == "vllm" and config.gpus_per_sampler < 1:
+                # vLLM measures how much of the card is free: nobody else may load meanwhile.
+                for number, reference in enumerate(loading):
+                    self.fetch(number, reference)
 
     def publish(self, version: int, policy) -> float:
         """From now on ask for samples of these weights. Returns the seconds that it took."""
@@ -169,36 +182,32 @@ class Samplers:
         return self.ranks.gather(taken)[0]
 
     def wait_for(self, step: int) -> Step:
-        start = time.time()
         requests = self.requests.pop(step)
-        taken = Step([None] * sum(len(prompts) for prompts, _ in requests))
+        groups = sum(len(prompts) for prompts, _ in requests)
+        taken = Step([None] * groups, [], waited_from=time.time())
         for number, (prompts, reference) in enumerate(requests):
-            part = self.get(number, reference)
+            part = self.fetch(number, reference)
+            # A guard: `ask` is never called further ahead than the bound permits.
             while self.version - part.version > self.config.max_staleness:
                 taken.dropped += len(prompts)
-                part = self.get(number, self.request(step, number, prompts))
+                part = self.fetch(number, self.request(step, number, prompts))
+            if self.processes.setdefault(number, part.process) != part.process:
+                print(f"\nsampler {number} had ended, and was started anew", flush=True)
+                self.processes[number] = part.process
             taken.experiences[number :: len(requests)] = part.experiences
             taken.parts.append(part)
-        end = time.time()
-        taken.waited = end - start
-        times = [[part.version, part.began, part.ended] for part in taken.parts]
-        line = {"step": step, "version": self.version, "waited": [start, end], "sampled": times}
-        with open(self.timeline, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        taken.waited_until = time.time()
         return taken
 
-    def get(self, number: int, reference) -> Part:
+    def fetch(self, number: int, reference):
+        """What a sampler returns; where it fails, its line ends the program."""
         try:
-            part = ray.get(reference)
+            return ray.get(reference)
         except RayTaskError as error:
             fail(f"sampler {number}: {first_line(error.cause)}")
         except RayError as error:
             again = f"sampler {number} ended, also when it was started anew"
             fail(f"{again}: see /tmp/ray/session_latest/logs ({first_line(error)})")
-        if self.processes.setdefault(number, part.process) != part.process:
-            print(f"\nsampler {number} had ended, and was started anew", flush=True)
-            self.processes[number] = part.process
-        return part
 
     def close(self) -> None:
         if self.actors:
@@ -206,8 +215,8 @@ class Samplers:
 
 
 def updates_per_step(config) -> int:
-    groups_per_update = config.train_batch_size // config.group_size
-    return -(-config.rollouts_per_step // groups_per_update) * config.epochs_per_step
+    completions = config.rollouts_per_step * config.group_size
+    return completions // config.train_batch_size * config.epochs_per_step
 
 
 def async_metrics(taken: Step, version: int, sync_seconds: float) -> dict:
@@ -218,7 +227,9 @@ def async_metrics(taken: Step, version: int, sync_seconds: float) -> dict:
         "staleness_mean": sum(staleness) / len(staleness),
         "staleness_max": max(staleness),
         "dropped_fraction": taken.dropped / (taken.dropped + len(staleness)),
-        "trainer_idle_seconds": taken.waited,
+        "trainer_idle_seconds": taken.waited_until - taken.waited_from,
+        "trainer_waited_from": taken.waited_from,
+        "trainer_waited_until": taken.waited_until,
         # Of all samplers, while they sample; experiment_base divides by the time until training.
         "sample_tokens_per_second": tokens / seconds_of_any(taken.parts),
         "sync_seconds": sync_seconds,
@@ -226,6 +237,8 @@ def async_metrics(taken: Step, version: int, sync_seconds: float) -> dict:
     for number, part in enumerate(taken.parts):
         metrics[f"sampler_{number}_idle_seconds"] = part.idle_seconds
         metrics[f"sampler_{number}_loading_seconds"] = part.loading_seconds
+        metrics[f"sampler_{number}_began"] = part.began
+        metrics[f"sampler_{number}_ended"] = part.ended
     return metrics
 
 
@@ -244,11 +257,13 @@ def seconds_of_any(parts: list[Part]) -> float:
 def plain_weights(policy, config) -> dict[str, torch.Tensor]:
     """The weights of the model without an adapter, by its own names, on the CPU, in `precision`.
 
-    An adapter is merged, W + scale B A, in float32.
+    An adapter is merged, W + scale B A, in float32. Ends the program where it has more than that.
     """
     dtype = getattr(torch, config.precision)
     weights = {}
     for name, parameter in policy.named_parameters():
+        if "lora_magnitude" in name or ".modules_to_save." in name:
+            fail(f"--model-name: samplers know no adapter with {name}; merge it into its model")
         if "lora_" in name:
             continue
         weight = parameter
@@ -288,6 +303,9 @@ def check(config) -> None:
         fail(f"--num-samplers {config.num_samplers}: {wanted}")
     if config.gpus_per_sampler > 1:
         fail(f"--gpus-per-sampler {config.gpus_per_sampler:g}: a sampler uses one GPU at most")
+    if config.engine == "vllm" and torch.cuda.is_available() and not config.gpus_per_sampler:
+        hint = "--gpus-per-sampler 0.5 --trainer-gpus 0.5 share one card"
+        fail(f"--engine vllm: it takes nine tenths of a GPU, if nothing is said: {hint}")
     if config.engine == "vllm" and not importlib.util.find_spec("vllm"):
         fail("--engine vllm: vLLM is missing; it needs an environment of its own, see README.md")
     if config.sampling_weights == "layers":
@@ -353,7 +371,6 @@ def start_actors(config, ranks) -> list:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, first + number),
         )
         actors.append(actor.remote(config))
-        actors[-1].get_ready.remote()
     return actors
 
 

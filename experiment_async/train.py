@@ -10,10 +10,11 @@ the weights that sampled a step are older than those that train on it, by at mos
 updates. Two things make that right:
 
     old log-probs       are those of the weights that the step begins with. The trainer computes
-                        them; the sampler's are of older weights.
+                        them; the sampler's are of older weights. The ratio to them is clipped.
     importance weight   min(exp(old - sampled), importance_cap), on each token's loss. A token that
-                        the sampler's weights drew too often counts less.
+                        the sampler's weights draw too often counts less.
 
+(2110.00641 calls the three policies behaviour, proximal and current.)
 samplers.py holds what is particular to Ray, engines.py what samples.
 """
 
@@ -181,8 +182,8 @@ class Config:
     trainer_gpus: NonNegativeFloat = 0.0
     # GPUs of each sampler.
     gpus_per_sampler: NonNegativeFloat = 0.0
-    # Updates by which the weights that sampled may be older than those that are trained. Higher:
-    # the trainer waits less, and learns from older samples. 0: they work in turn.
+    # Updates by which the weights that sampled may be older than those that a step begins with.
+    # Higher: the trainer waits less, and learns from older samples. 0: they work in turn.
     max_staleness: NonNegativeInt = 2
     # The most that a token's importance weight may be. 0: no correction.
     importance_cap: NonNegativeFloat = 2.0
@@ -438,17 +439,18 @@ def add_old_and_reference_log_probs(
 ) -> None:
     """Fill in what the loss compares the policy with: log pi_old and log pi_ref.
 
-    log pi_old is of the policy that sampled. Where it comes from differs by rounding and cost:
+    log pi_old is of the weights that this step begins with. Where it comes from:
 
         first batch                no update came before it: its own training forward, detached
                                    (GRPOLoss does it). Free, and the first ratio is exactly 1
-        later                      computed again, here: the sampler's weights may be older. (With
-                                   importance_cap 0 and in float32: noted while sampling)
+        later                      computed again, here: the sampler's weights may be older
+        later, where nothing is    (max_staleness and importance_cap 0, float32) noted while
+        older or corrected         sampling, as in experiment_base
     """
     model.eval()
     for batch in batches[1:]:
         for micro_batch in batch:
-            if config.precision == "float32" and not config.importance_cap:
+            if config.max_staleness == config.importance_cap == 0 and config.precision == "float32":
                 micro_batch.old_log_probs = micro_batch.sampled_log_probs
             else:
                 micro_batch.old_log_probs = model(sequences_log_probs, micro_batch, config)
@@ -493,12 +495,13 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
     run = RankRun(config, EXPERIMENT, prompts, ranks)
-    samplers = Samplers(config, ranks, run.log_dir)  # they load while the trainer does
+    samplers = Samplers(config, ranks)  # they load while the trainer does
     ranks.first_is_ready()
     policy, reference = load_model(config, ranks.loading_device(device), run.last_checkpoint)
     # Training calls `model`, the policy inside DDP or FSDP: model(sequences_log_probs, ...).
     model = ranks.wrap(policy)
-    sampler = ranks.make_sampler(policy, model, config, device)  # the policy; with FSDP a copy
+    # Evaluates, and is what is published: the policy; with FSDP a whole copy.
+    sampler = ranks.make_sampler(policy, model, config, device)
     reference = ranks.wrap(reference) if reference is not None else None
     ranks.gather_weights(policy, sampler)
     run.open()  # from here on it can be resumed

@@ -46,7 +46,7 @@ def places(config) -> dict:
     return {"samplers": len(actors), "line": line}
 
 
-def main(folder: Path) -> None:
+def main() -> None:
     config = train.Config(**SMALL, max_staleness=0)
     config, device = resolve(config)
     samplers.SECONDS_FOR_PLACES = 3
@@ -67,10 +67,17 @@ def main(folder: Path) -> None:
     report["too many"] = places(replace(half, num_samplers=4))
     report["no room"] = places(replace(half, num_samplers=2, gpus_per_sampler=0.75))
 
+    available = samplers.torch.cuda.is_available
+    samplers.torch.cuda.is_available = lambda: True
+    samplers.torch.cuda.device_count = lambda: 2
+    report["kept"] = places(replace(config, trainer_gpus=1, gpus_per_sampler=1))
+    report["another"] = places(replace(config, trainer_gpus=1, device_index=1))
+    samplers.torch.cuda.is_available = available
+
     # What is too old is dropped and sampled again, by a real sampler.
     policy, _ = load_model(replace(config, kl_weight=0.0), device)
     prompts, _ = train.read_prompts(config, load_tokenizer(config))
-    actors = samplers.Samplers(config, RANKS, folder)
+    actors = samplers.Samplers(config, RANKS)
     actors.publish(0, policy)
     actors.ask(1, prompts[:4])
     for parameter in policy.parameters():
@@ -100,4 +107,4 @@ class Deadly:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

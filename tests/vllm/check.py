@@ -110,7 +110,12 @@ def main() -> None:
             ),
         )
         flags = "--max-steps 10 --engine vllm"
-        report("at the same time", run(folder, "stale", flags), most_gap=float("inf"))
+        steps = run(folder, "stale", flags)
+        report("at the same time", steps, most_gap=float("inf"))
+        expect(steps[-1]["staleness_max"] == 2, "no sample is older than the weights")
+        means = [round(step["importance_mean"], 3) for step in steps]
+        print("  importance weights ", *means)
+        expect(all(0.9 < mean <= 1.05 for mean in means), f"importance weights are {means}")
         if SMOLLM2.is_dir():
             flags = f"--model-name {SMOLLM2} --lr 1e-5 {SMALL} --max-steps 2 --max-staleness 0"
             report("SmolLM2", run(folder, "smollm2", f"{flags} --engine vllm"))
