@@ -1,6 +1,6 @@
 """What asynchrony is worth: seconds a step with and without it, and a picture of both.
 
-    python benchmarks/async_speed.py      # 6 minutes
+    python benchmarks/async_speed.py      # 8 minutes
 
 experiment_async with one sampler, in turn (--max-staleness 0) and at the same time (2), on the
 default task, on two cores, one thread each; and experiment_base with two threads, which has the
