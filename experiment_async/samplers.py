@@ -36,7 +36,7 @@ from run import fail, first_line
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to Ray's makers
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of `get_ready`: `sample` has them too
-os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")  # then a lost Ray ends us
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")  # then a run without Ray ends
 # A process that asks Ray for no GPU sees them all, and takes the first.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -148,7 +148,7 @@ class Samplers:
             start_ray(config)
             self.actors = start_actors(config, ranks)
             loading = [actor.get_ready.remote() for actor in self.actors]
-            if config.engine == "vllm" and config.gpus_per_sampler < 1:
+            if config.engine == "vllm" and 0 < config.gpus_per_sampler < 1:
                 # vLLM measures how much of the card is free: nobody else may load meanwhile.
                 for number, reference in enumerate(loading):
                     self.fetch(number, reference)
