@@ -145,7 +145,7 @@ class Samplers:
         self.processes = {}  # sampler -> the id of its process
         check(config)
         if ranks.is_first and config.max_steps != 0:
-            start_ray(config)
+            self.logs = start_ray(config)
             self.actors = start_actors(config, ranks)
             loading = [actor.get_ready.remote() for actor in self.actors]
             if config.engine == "vllm" and 0 < config.gpus_per_sampler < 1:
@@ -207,7 +207,7 @@ class Samplers:
             fail(f"sampler {number}: {first_line(error.cause)}")
         except RayError as error:
             again = f"sampler {number} ended, also when it was started anew"
-            fail(f"{again}: see /tmp/ray/session_latest/logs ({first_line(error)})")
+            fail(f"{again}: see {self.logs} ({first_line(error)})")
 
     def close(self) -> None:
         if self.actors:
@@ -298,6 +298,11 @@ def from_arrays(arrays: dict) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- Ray
 def check(config) -> None:
     """End the program where these constants do not go together."""
+    if 0 < config.importance_cap < 1:
+        fail(f"--importance-cap {config.importance_cap:g}: must be 0 or at least 1")
+    if 0 < config.max_staleness < updates_per_step(config):
+        below = f"is below the {updates_per_step(config)} updates of a step"
+        print(f"--max-staleness {config.max_staleness} {below}: samplers and trainer take turns")
     if config.num_samplers > config.rollouts_per_step:
         wanted = f"more than the {config.rollouts_per_step} prompts of a step"
         fail(f"--num-samplers {config.num_samplers}: {wanted}")
@@ -307,16 +312,19 @@ def check(config) -> None:
         hint = "--gpus-per-sampler 0.5 --trainer-gpus 0.5 share one card"
         fail(f"--engine vllm: it takes nine tenths of a GPU, if nothing is said: {hint}")
     if config.engine == "vllm" and not importlib.util.find_spec("vllm"):
-        fail("--engine vllm: vLLM is missing; it needs an environment of its own, see README.md")
+        fail("--engine vllm: vLLM is missing; see vLLM in experiment_async/README.md")
     if config.sampling_weights == "layers":
         fail("--sampling-weights layers: samplers hold whole weights")
 
 
-def start_ray(config) -> None:
-    """Join a cluster, or start Ray on this machine, whose cores all processes share evenly."""
+def start_ray(config) -> str:
+    """Join a cluster, or start Ray on this machine, whose cores all processes share evenly.
+
+    Returns the directory of Ray's logs.
+    """
     environment = {"PYTHONPATH": str(FOLDER)}
     arguments = {"log_to_driver": False, "logging_level": "ERROR"}
-    if config.ray_address:
+    if config.ray_address is not None:
         check_address(config.ray_address)
         arguments["address"] = config.ray_address
     else:
@@ -326,22 +334,28 @@ def start_ray(config) -> None:
         environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         arguments["num_cpus"] = max(cores, config.num_samplers)
         arguments["include_dashboard"] = False
+        arguments["address"] = "local"  # else it joins whatever cluster this machine is part of
     try:
-        ray.init(runtime_env={"env_vars": environment}, **arguments)
+        context = ray.init(runtime_env={"env_vars": environment}, **arguments)
     except Exception as error:
-        where = f"--ray-address {config.ray_address}" if config.ray_address else "Ray"
-        fail(f"{where}: cannot be reached or started: {first_line(error)}")
+        if config.ray_address is None:
+            fail(f"Ray cannot be started: {first_line(error)}")
+        hint = "where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        fail(f"--ray-address {config.ray_address}: cannot be reached ({first_line(error)}); {hint}")
+    return f"{context.address_info['session_dir']}/logs"
 
 
 def check_address(address: str) -> None:
     """Whether anybody listens there; Ray itself would end the program without a word of Python."""
+    if address == "auto":
+        return
     host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return  # auto
+    if not host or "/" in host or not port.isdigit():
+        fail(f"--ray-address {address}: must be auto, or host:port as `ray start --head` prints it")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        fail(f"--ray-address {address}: cannot be reached ({error}); `ray start --head` prints it")
+        fail(f"--ray-address {address}: cannot be reached ({error})")
 
 
 def start_actors(config, ranks) -> list:

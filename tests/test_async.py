@@ -239,6 +239,7 @@ def test_a_sampler_that_was_started_anew_is_told(scripted, capsys):
         ({"num_samplers": 17}, "--num-samplers 17: more than the 16 prompts of a step"),
         ({"gpus_per_sampler": 2.0}, "--gpus-per-sampler 2: a sampler uses one GPU at most"),
         ({"engine": "vllm"}, "--engine vllm: vLLM is missing"),
+        ({"importance_cap": 0.5}, "--importance-cap 0.5: must be 0 or at least 1"),
         ({"sampling_weights": "layers"}, "--sampling-weights layers: samplers hold whole weights"),
     ],
 )
@@ -246,6 +247,18 @@ def test_what_does_not_go_together_ends_in_one_line(constants, said, monkeypatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=f"^error: {said}"):
         samplers.check(Config(**constants))
+
+
+def test_a_bound_below_a_steps_updates_is_told(capsys):
+    samplers.check(Config(max_staleness=1))
+    expected = "--max-staleness 1 is below the 2 updates of a step: samplers and trainer take turns"
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", "ray://x:1", ":6379", "host:"])
+def test_an_address_of_another_form_ends_in_one_line(address):
+    with pytest.raises(SystemExit, match="must be auto, or host:port"):
+        samplers.check_address(address)
 
 
 # ---------------------------------------------------------------- the importance weight

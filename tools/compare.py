@@ -35,7 +35,8 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-WHOLE = ("prompt_ids", "answer")  # fields of an Experience that concern the group, not each of it
+# Fields of an Experience that concern the group, not each of it.
+WHOLE = ("prompt_ids", "answer", "version")
 
 
 @dataclass
