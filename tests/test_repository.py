@@ -143,8 +143,8 @@ def test_every_flag_that_the_readmes_show_exists():
         readme = re.sub(
             r"(?:data|benchmarks)/\w+\.py(?:[^`\n]|\\\n)*|without\s+`--model-name`", "", readme
         )
-        # Flags with an underscore, and --cpu, are those of `accelerate launch`; --head and --address
-        # of `ray start`.
+        # Flags with an underscore, and --cpu, are those of `accelerate launch`; --head and
+        # --address are those of `ray start`.
         for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)(?![\w-])", readme):
             assert flag in ("help", "logdir", "cpu", "head", "address") or re.search(
                 rf"^    {flag.replace('-', '_')}: ", config, re.M
