@@ -1,4 +1,4 @@
-"""Real vLLM in the loop of experiment_async, on a CPU. `tests/vllm/run` runs this.
+"""Real vLLM in the loop of experiment_async, on a CPU. `tests/vllm-cpu/run` runs this.
 
 The trainer forwards what vLLM sampled, with the same weights (--max-staleness 0), and compares
 log-probs, after every change of the weights (pitfalls 44 and 45). Rewards are compared with those
