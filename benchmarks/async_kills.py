@@ -14,7 +14,6 @@ Ray's own processes. What is asked of it:
 Writes results/async_kills.json. Exits with 1 where a trial fails.
 """
 
-import datetime
 import json
 import os
 import random
@@ -92,17 +91,16 @@ class Run:
             time.sleep(0.1)
         return False
 
-    def targets(self, kind: str) -> list[psutil.Process]:
+    def targets(self, kind: str) -> dict[psutil.Process, str]:
+        """process -> its name, of those that may be killed."""
+        if kind == "trainer":
+            return {psutil.Process(self.process.pid): "trainer"}
         self.look()
-        found = []
-        for process in self.others.values():
-            try:
-                is_sampler = process.name().startswith("ray::Sampler")
-                if process.status() != psutil.STATUS_ZOMBIE and is_sampler == (kind == "sampler"):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                pass
-        return [psutil.Process(self.process.pid)] if kind == "trainer" else found
+        names = {}
+        for process, name in self.left().items():
+            if name.startswith("ray::Sampler") == (kind == "sampler"):
+                names[process] = name
+        return names
 
     def steps(self) -> list[int]:
         path = self.folder / "runs" / self.name / "metrics.jsonl"
@@ -114,16 +112,16 @@ class Run:
         state = torch.load(folder / "trainer.pt", weights_only=True)
         return load_file(folder / "model.safetensors"), state["version"]
 
-    def left(self) -> list[str]:
-        """Its processes that are still there."""
-        found = []
+    def left(self) -> dict[psutil.Process, str]:
+        """Ray's processes that are still there, and their names."""
+        names = {}
         for process in self.others.values():
             try:
                 if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process.name())
+                    names[process] = process.name()
             except psutil.NoSuchProcess:
                 pass
-        return found
+        return names
 
 
 def trial(
@@ -140,10 +138,8 @@ def trial(
         done["target"] = "nothing to kill"
     else:
         chance = random.Random(number)
-        name = chance.choice(sorted({target.name() for target in targets}))  # each as likely
-        target = chance.choice([target for target in targets if target.name() == name])
-        done["process"] = target.name()
-        target.kill()
+        done["process"] = chance.choice(sorted(set(targets.values())))  # each name as likely
+        chance.choice([at for at, name in targets.items() if name == done["process"]]).kill()
     killed = time.time()
     rest = max(0.0, undisturbed["seconds"] - moment)
     if not run.wait(rest + patience):
@@ -196,11 +192,10 @@ def main(config: Config) -> None:
             kills += "process" in trials[-1]
             print(number, trials[-1], flush=True)
     time.sleep(SECONDS_OF_RAYS_OWN)
-    left = [name for run in runs for name in run.left()]
+    left = [name for run in runs for name in run.left().values()]
     by_name = Counter(trial.get("process") for trial in trials)
     failed = sum(bool(trial["problems"]) for trial in trials)
     report = {
-        "date": datetime.date.today().isoformat(),
         "machine": describe_machine(),
         "undisturbed_seconds": round(undisturbed["seconds"], 1),
         "kills": kills,

@@ -10,24 +10,17 @@ out, while the sampler still loads. Writes results/async_speed.json, and results
 from the runs' own metrics.jsonl.
 """
 
-import datetime
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
-import matplotlib
 import tyro
+from base_curve import ROOT, plt, run_once
 from vs_trl import describe_machine
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[1]
 ASYNC = "experiment_async"
 MODES = {  # name -> experiment, its flags, threads
     "in turn": (ASYNC, "--max-staleness 0", 1),
@@ -49,19 +42,13 @@ class Config:
 def run(folder: Path, name: str, mode: str, delay: float, steps: int) -> dict:
     """Seconds a step, those that the trainer waited, and the metrics."""
     experiment, flags, threads = MODES[mode]
-    script = ROOT / experiment / "train.py"
-    command = [sys.executable, str(script), "--log-dir", str(folder), "--run-name", name]
-    command += ["--checkpoint-path", str(folder / "out"), "--checkpoint-interval", "0"]
-    command += ["--max-steps", str(steps), "--eval-interval", "0", "--max-eval-prompts", "32"]
-    command += flags.split()
+    flags = f"{flags} --max-steps {steps} --eval-interval 0 --max-eval-prompts 32".split()
+    flags += ["--checkpoint-interval", "0"]
     if experiment == ASYNC:
-        command += ["--sampler-delay", str(delay)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines][FIRST:-1]  # the last one evaluates and saves too
+        flags += ["--sampler-delay", str(delay)]
+    places = SimpleNamespace(log_dir=folder, checkpoint_path=folder / "out")
+    lines = run_once(name, flags, places, ROOT / experiment, threads)
+    metrics = lines[FIRST:-1]  # the last one evaluates and saves too
     ends = [line["elapsed_seconds"] for line in metrics]
     idle = [line.get("trainer_idle_seconds", 0.0) for line in metrics[1:]]
     return {
@@ -103,7 +90,7 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    report = {"date": datetime.date.today().isoformat(), "machine": describe_machine()}
+    report = {"machine": describe_machine()}
     with tempfile.TemporaryDirectory() as name:
         for delay in config.delays:
             runs = {mode: [] for mode in MODES if not delay or MODES[mode][0] == ASYNC}

@@ -53,17 +53,24 @@ def run_seed(
     return run_once(f"seed_{seed}", flags, config, experiment)
 
 
-def run_once(name: str, flags: list[str], config, experiment: Path) -> list[dict]:
-    """Lines of metrics.jsonl of a run, which is made, or gone on with, where it is not complete."""
+def run_once(
+    name: str, flags: list[str], config, experiment: Path, threads: int | None = None
+) -> list[dict]:
+    """Lines of metrics.jsonl of a run, which is made, or gone on with, where it is not complete.
+
+    threads: of each of its processes; None: PyTorch's choice.
+    """
     path = config.log_dir / name / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    if len(lines) < 2 or "eval_accuracy" not in lines[-1]:
+    complete = config.log_dir / f"{name}.done"
+    if not complete.exists():
         command = [sys.executable, str(experiment / "train.py"), "--run-name", name, *flags]
         command += ["--log-dir", str(config.log_dir)]
         command += ["--checkpoint-path", str(config.checkpoint_path)]
         command += ["--resume"] if path.is_file() else []
-        if subprocess.run(command).returncode:
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        if subprocess.run(command, env=environment).returncode:
             sys.exit(f"error: the run {name} has ended early, see above")
+        complete.touch()
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -13,22 +13,14 @@ Two parts, three seeds each:
 Writes results/staleness.json and results/staleness.png.
 """
 
-import datetime
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import tyro
+from base_curve import ROOT, plt, run_once
 from vs_trl import describe_machine
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[1]
 ONE_UPDATE = "--train-batch-size 128"
 DEFAULT = {  # name -> experiment, flags
     "base, one update a step": ("experiment_base", ONE_UPDATE),
@@ -45,38 +37,26 @@ class Config:
     kl_weights: tuple[float, ...] = (0.01, 0.0)
     fast_lr: float = 5e-4
     steps: int = 40
-    folder: Path = ROOT / "runs" / "staleness"
+    log_dir: Path = ROOT / "runs" / "staleness"
+    checkpoint_path: Path = ROOT / "output" / "staleness"
     output: Path = ROOT / "results"
 
 
 def run(config: Config, name: str, experiment: str, seed: int, flags: str) -> dict[int, float]:
-    """step -> held-out accuracy. What has been run to its end is read from its log."""
-    name = f"{name}_{seed}"
-    metrics = config.folder / name / "metrics.jsonl"
-    if not (config.folder / f"{name}.done").exists():
-        script = ROOT / experiment / "train.py"
-        command = [sys.executable, str(script), "--run-name", name, "--seed", str(seed)]
-        command += ["--log-dir", str(config.folder), "--checkpoint-interval", "0"]
-        command += ["--checkpoint-path", str(config.folder / "out"), *flags.split()]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        found = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if found.returncode:
-            sys.exit(f"error: {' '.join(command)}\n{found.stderr[-2000:]}")
-        (config.folder / f"{name}.done").touch()
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    """step -> held-out accuracy."""
+    more = ["--seed", str(seed), "--checkpoint-interval", "0", *flags.split()]
+    lines = run_once(f"{name}_{seed}", more, config, ROOT / experiment, threads=1)
     return {line["step"]: line["eval_accuracy"] for line in lines if "eval_accuracy" in line}
 
 
 def main(config: Config) -> None:
-    report = {"date": datetime.date.today().isoformat(), "machine": describe_machine()}
-    report["default"] = {}
+    report = {"machine": describe_machine(), "default": {}, "fast": {}}
     for name, (experiment, flags) in DEFAULT.items():
         label = name.replace(" ", "_").replace(",", "")
         last = [max(run(config, label, experiment, s, flags).items())[1] for s in config.seeds]
         report["default"][name] = [round(accuracy, 4) for accuracy in last]
         print(name, report["default"][name], flush=True)
 
-    report["fast"] = {}
     for kl_weight in config.kl_weights:
         for staleness in config.staleness:
             for cap in (2.0, 0.0):

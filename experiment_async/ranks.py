@@ -1,7 +1,7 @@
 """Several processes, called ranks: who they are, what they exchange, which of them writes.
 
-Plumbing. `accelerate launch` starts the processes and says by environment
-variables how the weights are held:
+Plumbing. `accelerate launch` starts the processes and says by environment variables how the weights
+are held:
 
     one process     nothing below exchanges anything
     DDP             every rank has all weights; gradients are added in the backward pass

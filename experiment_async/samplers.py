@@ -29,9 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Params4bit
-from peft.tuners.tuners_utils import BaseTunerLayer
+from captured import merged_weights
 from run import fail, first_line
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to Ray's makers
@@ -58,8 +56,7 @@ SECONDS_FOR_PLACES = 30  # a run that has just ended may still hold its GPUs
 class Part:
     """What a sampler made of its part of a step's prompts."""
 
-    experiences: list  # one a prompt
-    version: int  # of the weights that sampled: the updates that made them
+    experiences: list  # one a prompt, all sampled with the same weights
     began: float  # by the clock, as time.time()
     ended: float
     idle_seconds: float  # without a request before this one
@@ -121,7 +118,7 @@ class Sampler:
             experience.version = version
         self.free_since = time.time()
         times = (began, self.free_since, idle_seconds, began - start)
-        return Part(experiences, version, *times, os.getpid())
+        return Part(experiences, *times, os.getpid())
 
 
 @contextmanager
@@ -188,7 +185,7 @@ class Samplers:
         for number, (prompts, reference) in enumerate(requests):
             part = self.fetch(number, reference)
             # A guard: `ask` is never called further ahead than the bound permits.
-            while self.version - part.version > self.config.max_staleness:
+            while self.version - part.experiences[0].version > self.config.max_staleness:
                 taken.dropped += len(prompts)
                 part = self.fetch(number, self.request(step, number, prompts))
             if self.processes.setdefault(number, part.process) != part.process:
@@ -259,22 +256,14 @@ def plain_weights(policy, config) -> dict[str, torch.Tensor]:
 
     An adapter is merged, W + scale B A, in float32. Ends the program where it has more than that.
     """
-    dtype = getattr(torch, config.precision)
     weights = {}
-    for name, parameter in policy.named_parameters():
+    for name, weight in merged_weights(policy, getattr(torch, config.precision)).items():
         if "lora_magnitude" in name or ".modules_to_save." in name:
             fail(f"--model-name: samplers know no adapter with {name}; merge it into its model")
         if "lora_" in name:
             continue
-        weight = parameter
-        if isinstance(parameter, Params4bit):
-            weight = dequantize_4bit(parameter.data, parameter.quant_state)
-        layer = policy.get_submodule(name.rpartition(".base_layer.")[0])
-        if isinstance(layer, BaseTunerLayer) and name.endswith(".weight"):
-            for adapter in layer.active_adapters:
-                weight = weight.float() + layer.get_delta_weight(adapter).float()
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        weights[name] = weight.to(dtype).cpu()
+        weights[name] = weight.cpu()
     return weights
 
 

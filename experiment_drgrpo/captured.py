@@ -20,6 +20,7 @@ from kv_cache import distinct_rows, prefill
 from model import can_pack, check_finite, next_log_probs, unwrap
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch.func import functional_call
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -116,11 +117,14 @@ class PlainModel:
 
 
 def merged_weights(policy, dtype) -> dict[str, torch.Tensor]:
-    """Every weight of the policy; where it has an adapter, W + scale B A, added in float32."""
+    """Every weight of the policy; where it has an adapter, W + scale B A, added in float32.
+
+    W may be in 4 bits.
+    """
     weights = {name: parameter.to(dtype) for name, parameter in policy.named_parameters()}
     for name, module in policy.named_modules():
         if isinstance(module, BaseTunerLayer) and not module.disable_adapters:
-            weight = module.base_layer.weight.float()
+            weight = dequantize_module_weight(module.base_layer).float()
             for adapter in module.active_adapters:
                 weight = weight + module.get_delta_weight(adapter).float()
             weights[f"{name}.base_layer.weight"] = weight.to(dtype)

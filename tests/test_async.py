@@ -20,14 +20,10 @@ import torch
 import tyro
 from helpers import POLICY, ROOT, load_experiment, make_model
 from safetensors.torch import load_file
-from test_variants import LESSON, lines_without_docstring
+from test_accelerate import FLAGS, environment_of, places, torchrun
+from test_variants import LESSON, changed_lines
 
 EXPERIMENT = ROOT / "experiment_async"
-FLAGS = (
-    "--max-prompts 64 --max-eval-prompts 24 --rollouts-per-step 4 --group-size 4 "
-    "--train-batch-size 8 --max-new-tokens 24 --checkpoint-interval 1 --eval-interval 0 "
-    "--log-completions-interval 0"
-).split()
 asynchronous = load_experiment("experiment_async")
 samplers = asynchronous.samplers
 Config = asynchronous.train.Config
@@ -35,14 +31,8 @@ Config = asynchronous.train.Config
 
 def test_the_diff_to_the_base_is_short():
     """Of the lesson files, header docstrings apart: at most 200 lines."""
-    import difflib
-
-    count = 0
-    for name in LESSON:
-        pair = (ROOT / "experiment_base" / name, EXPERIMENT / name)
-        diff = difflib.unified_diff(*map(lines_without_docstring, pair), n=0, lineterm="")
-        count += sum(line[0] in "+-" and line[:3] not in ("+++", "---") for line in diff)
-    assert count <= 200
+    changed = [changed_lines("experiment_async", name, "experiment_base") for name in LESSON]
+    assert sum(map(len, changed)) <= 200
 
 
 # ---------------------------------------------------------------- samplers that are scripted
@@ -75,7 +65,7 @@ class ScriptedSampler:
             made_by = self.versions.pop(0) if self.versions else version
             group = {"completion_ids": [torch.tensor([1, 2])], "version": made_by}
             groups = [SimpleNamespace(answer=prompt, **group) for prompt in prompts]
-            return samplers.Part(groups, made_by, 0.0, 1.0, 0.25, 0.5, self.process)
+            return samplers.Part(groups, 0.0, 1.0, 0.25, 0.5, self.process)
 
         return answer
 
@@ -156,7 +146,7 @@ def test_nothing_is_older_than_the_bound(scripted, max_staleness, updates):
             found.ask(later, ["a", "b"])
         most_open = max(most_open, len(found.requests))
         taken = found.take(step)
-        oldest = max(oldest, version - taken.parts[0].version)
+        oldest = max(oldest, version - taken.experiences[0].version)
         assert taken.dropped == 0
         version += updates
         found.publish(version, "weights")
@@ -199,8 +189,8 @@ def test_metrics_by_hand():
         ids = [torch.zeros(4), torch.zeros(6)]
         groups.append(SimpleNamespace(completion_ids=ids, version=version))
     parts = [
-        samplers.Part(groups[:3], 3, 10.0, 13.0, 0.5, 0.1, 1),
-        samplers.Part(groups[3:], 5, 12.0, 15.0, 0.25, 0.0, 2),
+        samplers.Part(groups[:3], 10.0, 13.0, 0.5, 0.1, 1),
+        samplers.Part(groups[3:], 12.0, 15.0, 0.25, 0.0, 2),
     ]
     taken = samplers.Step(groups, parts, waited_from=11.5, waited_until=13.0, dropped=1)
     assert samplers.async_metrics(taken, 6, 0.125) == {
@@ -386,7 +376,7 @@ def cases() -> dict:
     """What ray_worker.py found."""
     worker = ROOT / "tests" / "ray_worker.py"
     command = [sys.executable, str(worker)]
-    values = environment()
+    values = environment_of(False)
     del values["CUDA_VISIBLE_DEVICES"]  # Ray believes in GPUs that are made up, but not against it
     done = subprocess.run(command, env=values, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -421,24 +411,20 @@ def test_a_request_that_kills_its_sampler_is_not_repeated_for_ever(cases):
     assert cases["deadly"]["line"].startswith(line)
 
 
-def environment() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def start(folder, name: str, *flags: str, launcher=()) -> subprocess.Popen:
-    places = ["--log-dir", str(folder / "runs"), "--checkpoint-path", str(folder / "out")]
-    command = [*launcher, str(EXPERIMENT / "train.py"), *FLAGS, *places, "--run-name", name]
+def start(folder, name: str, *flags: str, launcher=(), sharded=False) -> subprocess.Popen:
+    command = [*launcher, str(EXPERIMENT / "train.py"), *FLAGS, *places(folder)]
+    command += ["--run-name", name]
     return subprocess.Popen(
         [*(command if launcher else [sys.executable, *command]), *flags],
-        env=environment(),
+        env=environment_of(sharded),
         stdout=open(folder / f"{name}.log", "a"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
 
 
-def finish(folder, name: str, *flags: str, launcher=()) -> str:
-    process = start(folder, name, *flags, launcher=launcher)
+def finish(folder, name: str, *flags: str, **how) -> str:
+    process = start(folder, name, *flags, **how)
     assert process.wait(timeout=200) == 0, (folder / f"{name}.log").read_text()[-3000:]
     return (folder / f"{name}.log").read_text()
 
@@ -457,8 +443,7 @@ def wait_for_step(folder, name: str, step: int, process) -> None:
 
 def base_metrics(folder) -> list[dict]:
     base = load_experiment()
-    flags = [*FLAGS, "--run-name", "base", "--max-steps", "4", "--log-dir", str(folder / "runs")]
-    flags += ["--checkpoint-path", str(folder / "out")]
+    flags = [*FLAGS, *places(folder), "--run-name", "base", "--max-steps", "4"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     base.train.main(tyro.cli(base.train.Config, args=flags))
@@ -493,16 +478,11 @@ def test_without_staleness_it_is_the_base(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sharded", ["false", "true"])
-def test_two_trainers_are_one(tmp_path, monkeypatch, sharded):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_trainers_are_one(tmp_path, sharded):
     """Two ranks, DDP and FSDP2, get the same groups from rank 0, and add their gradients."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc_per_node", "2"]
     flags = ("--max-steps", "4", "--max-staleness", "0", "--num-samplers", "1")
-    finish(tmp_path, "two", *flags, launcher=launcher)
+    finish(tmp_path, "two", *flags, launcher=torchrun(2), sharded=sharded)
     lines = lines_of(tmp_path, "two")
     for found, line in zip(lines, base_metrics(tmp_path), strict=True):
         for name in ("reward", "loss", "kl", "grad_norm", "entropy", "completion_length"):
@@ -579,7 +559,7 @@ def test_without_ray_it_says_what_to_install(tmp_path):
     (tmp_path / "ray.py").write_text("raise ImportError('none here')")
     command = [sys.executable, str(EXPERIMENT / "train.py")]
     path = {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, env=environment() | path, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment_of(False) | path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "error: Ray is missing: pip install -r requirements-async.txt" in done.stderr
     assert "Traceback" not in done.stderr

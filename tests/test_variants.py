@@ -34,9 +34,9 @@ def lines_without_docstring(path) -> list[str]:
     return text.splitlines()[ast.parse(text).body[0].end_lineno :]
 
 
-def changed_lines(experiment: str, name: str) -> list[str]:
+def changed_lines(experiment: str, name: str, parent: str | None = None) -> list[str]:
     """Removed and added lines of a file against the parent's, header docstring apart."""
-    paths = [ROOT / folder / name for folder in (parent_of(experiment), experiment)]
+    paths = [ROOT / folder / name for folder in (parent or parent_of(experiment), experiment)]
     diff = difflib.unified_diff(*map(lines_without_docstring, paths), n=0, lineterm="")
     return [line for line in diff if line[0] in "+-" and not line.startswith(("+++", "---"))]
 

@@ -35,8 +35,7 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-# Fields of an Experience that concern the group, not each of it.
-WHOLE = ("prompt_ids", "answer", "version")
+WHOLE = ("prompt_ids", "answer")  # fields of an Experience that concern the group, not each of it
 
 
 @dataclass
@@ -95,7 +94,8 @@ def split_group(experience) -> list:
         changes = {}
         for field in fields(experience):
             value = getattr(experience, field.name)
-            if field.name not in WHOLE and value is not None:
+            is_whole = field.name in WHOLE or value is None or isinstance(value, int)
+            if not is_whole:
                 changes[field.name] = value[i : i + 1]
         singles.append(replace(experience, **changes))
     return singles
