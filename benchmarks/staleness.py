@@ -105,7 +105,7 @@ def draw(config: Config, found: dict, path: Path) -> None:
         row[0].set_ylabel("held-out accuracy")
     for axes in rows[-1]:
         axes.set_xlabel("steps of 128 completions")
-    rows[-1][-1].legend(loc="center right", fontsize=8)
+    rows[0][-1].legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
