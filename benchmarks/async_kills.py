@@ -94,7 +94,10 @@ class Run:
     def targets(self, kind: str) -> dict[psutil.Process, str]:
         """process -> its name, of those that may be killed."""
         if kind == "trainer":
-            return {psutil.Process(self.process.pid): "trainer"}
+            try:
+                return {psutil.Process(self.process.pid): "trainer"}
+            except psutil.NoSuchProcess:  # it has ended by itself
+                return {}
         self.look()
         names = {}
         for process, name in self.left().items():

@@ -346,6 +346,10 @@ def process_group():
         sys.exit("\nstopped before training began" if is_rank_0() else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Gloo's threads may hold tensors for longer, and Python, shutting down, is aborted by them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def is_rank_0() -> bool:

@@ -122,8 +122,8 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def check_config(config) -> None:
-    """Refuse what cannot work before anything is loaded."""
+def check_ranges(config) -> None:
+    """Refuse a number outside its range, and a path that is empty."""
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         for limits in get_args(hint)[1:]:
@@ -133,6 +133,11 @@ def check_config(config) -> None:
             fail(f"{flag_of(name)}: is empty")
         if isinstance(value, str) and not is_unicode(value):
             fail(f"{flag_of(name)} {value!r}: is not valid UTF-8")
+
+
+def check_config(config) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    check_ranges(config)
     check_run_name(config.run_name)
     group_size = config.group_size
     batch = config.train_batch_size

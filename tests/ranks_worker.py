@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiment_accelerate"))
 
 import train  # noqa: E402
-from ranks import Ranks, without_ddp  # noqa: E402
+from ranks import Ranks, process_group, without_ddp  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 
@@ -117,9 +117,8 @@ def main(settings_path: str, result_path: str) -> None:
         results[name] = updates(ranks, settings)
     if ranks.is_first:
         torch.save(results, result_path)
-    if ranks.count > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with process_group():
+        main(*sys.argv[1:])
