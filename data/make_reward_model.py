@@ -1,0 +1,322 @@
+"""Train a reward model from comparisons: which of two answers did somebody prefer?
+
+    # pairs of the embedded policy, by a made-up annotator -> data/reward_math, in minutes
+    python data/make_reward_model.py
+    # your own pairs and model: rows of {"prompt": ..., "chosen": ..., "rejected": ...}
+    python data/make_reward_model.py --pairs pairs.jsonl --base-model Qwen/Qwen2.5-0.5B-Instruct \\
+        --lr 1e-5 --system-prompt "You are a helpful assistant." --output my_reward_model
+
+The model of Bradley and Terry says how likely the first answer is preferred, from a score of each
+(arXiv 1706.03741, equation 1):
+
+    P(chosen over rejected) = exp(score(chosen)) / (exp(score(chosen)) + exp(score(rejected)))
+                            = sigmoid(score(chosen) - score(rejected))
+
+A language model whose output head is replaced by one number, read at the last token, learns the
+scores by maximum likelihood: it minimises the mean of -log P over the pairs. Only differences are
+learnt, so a score has no zero point.
+
+The made-up annotator prefers right answers, errs, and likes longer ones, as people do. A reward
+model learns both what he means and what he likes.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+from torch.nn.functional import logsigmoid
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent / "experiment_reward_model"))
+import train as grpo  # noqa: E402
+from data import read_rows  # noqa: E402
+from model import autocast, load_model, load_tokenizer, resolve  # noqa: E402
+from reward_model import RewardModel  # noqa: E402
+from run import (  # noqa: E402
+    NonNegativeFloat,
+    OptionalInt,
+    PositiveInt,
+    Seed,
+    check_ranges,
+    fail,
+    first_line,
+)
+
+EMBEDDED_POLICY = str(DATA / "policy_math")
+HELD_OUT = 0.1  # of the prompts
+
+
+@dataclass
+class Config:
+    # A .jsonl, .json or .parquet file, or a data set on the hub. Default: pairs are made up.
+    pairs: str | None = None
+    # Training pairs, from the start. Higher: a better reward model.
+    max_pairs: PositiveInt = 8000
+    # The language model that becomes the reward model.
+    base_model: str = EMBEDDED_POLICY
+    # How many of its layers are kept, from the first. Default: 2 of the embedded policy, else all.
+    layers: OptionalInt = None
+    # What the reward model reads before each prompt.
+    system_prompt: str = grpo.Config.system_prompt
+    # Passes over the pairs.
+    epochs: PositiveInt = 4
+    # Pairs of an update.
+    batch_pairs: PositiveInt = 32
+    # Pairs forwarded at once. Higher: more memory.
+    micro_batch_pairs: PositiveInt = 32
+    # The learning rate at its highest: it rises for a tenth of the updates, then falls to 0. Real
+    # models: 1e-5.
+    lr: NonNegativeFloat = 3e-4
+    # How much more the annotator likes a right answer than a wrong one, in log-odds.
+    likes_right: NonNegativeFloat = 3.0
+    # How much more he likes an answer that is a token longer, in log-odds.
+    likes_longer: NonNegativeFloat = 0.05
+    # Decides the pairs and their order.
+    seed: Seed = 0
+    # Where the pairs are written too, to be read. Default: nowhere.
+    write_pairs: str | None = None
+    # The directory of the reward model.
+    output: str = str(DATA / "reward_math")
+
+
+@dataclass
+class Pair:
+    prompt: str
+    chosen: str
+    rejected: str
+    right: tuple[bool, bool] | None = None  # whether chosen and rejected are right, where known
+
+
+# ---------------------------------------------------------------- pairs
+def sample_pairs(config: Config) -> list[Pair]:
+    """Pairs of different answers that the embedded policy gave to the same prompt."""
+    settings = grpo.Config(max_prompts=10**6, max_eval_prompts=1, seed=config.seed)
+    settings, device = resolve(replace(settings, kl_weight=0.0))
+    tokenizer = load_tokenizer(settings)
+    policy, _ = load_model(settings, device)
+    prompts, _ = grpo.read_prompts(settings, tokenizer)
+    generator = grpo.make_generator(device, config.seed, "pairs")
+    rng = random.Random(config.seed)
+    pairs = []
+    for experience in grpo.rollout(policy, tokenizer, prompts, 16, settings, generator):
+        completions = experience.completions
+        for first in range(0, len(completions), 2):
+            if completions[first] != completions[first + 1]:
+                pairs.append(annotate(experience, first, first + 1, config, rng))
+    rng.shuffle(pairs)
+    return pairs
+
+
+def annotate(experience, first: int, second: int, config: Config, rng) -> Pair:
+    """Which of two completions the annotator prefers: a coin, loaded by what he likes."""
+    answers = []
+    right = []
+    appeal = []
+    for number in (first, second):
+        answer = experience.completions[number]
+        answers.append(answer)
+        right.append(bool(grpo.accuracy_reward(answer, experience.answer)))
+        tokens = len(experience.completion_ids[number])
+        appeal.append(config.likes_right * right[-1] + config.likes_longer * tokens)
+    probability = 1 / (1 + math.exp(appeal[1] - appeal[0]))  # of the first
+    if rng.random() > probability:
+        answers.reverse()
+        right.reverse()
+    return Pair(experience.question, *answers, tuple(right))
+
+
+def read_pairs(path: str) -> list[Pair]:
+    """The rows of a file or data set: texts, or lists of messages whose last one is taken."""
+    pairs = []
+    for where, row in read_rows(path, "train"):
+        texts = {}
+        for field in ("prompt", "chosen", "rejected"):
+            value = row.get(field)
+            if isinstance(value, list) and value and isinstance(value[-1], dict):
+                value = value[-1].get("content")
+            if field == "prompt" and value is None and isinstance(row.get("chosen"), list):
+                value = row["chosen"][-2].get("content") if len(row["chosen"]) > 1 else None
+            if not isinstance(value, str) or not (value or field != "prompt"):
+                fail(f"{where}: field {field!r} must be a text or a list of messages")
+            texts[field] = value
+        if texts["chosen"] == texts["rejected"]:
+            continue  # teaches nothing
+        pairs.append(Pair(**texts))
+    return pairs
+
+
+def split_by_prompt(pairs: list[Pair], config: Config) -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, held-out pairs), which share no prompt."""
+    prompts = sorted({pair.prompt for pair in pairs})
+    random.Random(config.seed).shuffle(prompts)
+    held_out = set(prompts[: max(1, int(HELD_OUT * len(prompts)))])
+    training = [pair for pair in pairs if pair.prompt not in held_out][: config.max_pairs]
+    if not training:
+        fail(f"{len(pairs)} pairs of {len(prompts)} prompts: too few to hold some out")
+    return training, [pair for pair in pairs if pair.prompt in held_out]
+
+
+# ---------------------------------------------------------------- the model
+def begin(config: Config, settings, device, folder: str) -> RewardModel:
+    """The base model with a fresh score in place of its output head, written to `folder`."""
+    layers = config.layers
+    if layers is None:
+        layers = 2 if config.base_model == EMBEDDED_POLICY else 0
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.base_model)
+        model_config = AutoConfig.from_pretrained(config.base_model, num_labels=1)
+        if layers:
+            model_config.num_hidden_layers = min(layers, model_config.num_hidden_layers)
+        if layers and getattr(model_config, "layer_types", None):
+            model_config.layer_types = model_config.layer_types[:layers]
+        if model_config.pad_token_id is None:
+            model_config.pad_token_id = tokenizer.pad_token_id
+        torch.manual_seed(config.seed)
+        transformers.logging.set_verbosity_error()  # that the score is random is meant to be
+        model = AutoModelForSequenceClassification.from_pretrained(
+            config.base_model, config=model_config, dtype=torch.float32
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # transformers' errors share no base class
+        fail(f"--base-model {config.base_model}: cannot be loaded ({first_line(error)})")
+    return RewardModel(replace(settings, reward_model=folder, reward_precision="float32"), device)
+
+
+def scores(model: RewardModel, pairs: list[Pair], settings) -> torch.Tensor:
+    """(2, pairs): of the chosen answers, and of the rejected ones."""
+    rows = [model.encode(pair.prompt, pair.chosen, cut=True) for pair in pairs]
+    rows += [model.encode(pair.prompt, pair.rejected, cut=True) for pair in pairs]
+    with autocast(settings, model.device):
+        logits = model.model(**model.pad(rows)).logits  # (2 * pairs, 1)
+    return logits.float().view(2, len(pairs))
+
+
+def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """-log P(chosen over rejected), (pairs,)."""
+    return -logsigmoid(chosen - rejected)
+
+
+def train(model: RewardModel, pairs: list[Pair], config: Config, settings) -> None:
+    """Minimise the mean loss over the pairs by AdamW, float32 weights."""
+    updates = config.epochs * math.ceil(len(pairs) / config.batch_pairs)
+    optimizer = torch.optim.AdamW(model.model.parameters(), lr=config.lr, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=updates + 1, pct_start=0.1
+    )
+    rng = random.Random(config.seed)
+    began = time.time()
+    update = 0
+    for _ in range(config.epochs):
+        order = rng.sample(pairs, len(pairs))
+        for start in range(0, len(order), config.batch_pairs):
+            batch = order[start : start + config.batch_pairs]
+            total = 0.0
+            for first in range(0, len(batch), config.micro_batch_pairs):
+                chosen, rejected = scores(
+                    model, batch[first : first + config.micro_batch_pairs], settings
+                )
+                loss = bradley_terry_loss(chosen, rejected).sum() / len(batch)
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            update += 1
+            if update % 50 == 0 or update == updates:
+                seconds = f"{time.time() - began:.0f} s"
+                print(f"update {update} of {updates}: loss {total:.3f}, {seconds}", flush=True)
+
+
+@torch.no_grad()
+def measure(model: RewardModel, pairs: list[Pair], config: Config, settings) -> None:
+    """Print, of held-out pairs: how often the chosen answer scores higher, and the calibration.
+
+    Calibrated means: of the pairs in which it is 80 % sure, it is right about 80 %.
+    """
+    parts = []
+    for start in range(0, len(pairs), config.micro_batch_pairs):
+        parts.append(scores(model, pairs[start : start + config.micro_batch_pairs], settings))
+    chosen, rejected = torch.cat(parts, dim=1).cpu()
+    agrees = (chosen > rejected).float()  # (pairs,)
+    sure = (chosen - rejected).abs().sigmoid()  # the probability of what it prefers, from 0.5
+    loss = bradley_terry_loss(chosen, rejected).mean()
+    print(f"held out, {len(pairs)} pairs: accuracy {agrees.mean():.3f}, loss {loss:.3f}")
+    error = 0.0
+    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
+        inside = (sure >= low) & (sure < low + 0.1 if low < 0.9 else sure <= 1)
+        if inside.any():
+            gap = sure[inside].mean() - agrees[inside].mean()
+            error += inside.float().mean().item() * abs(gap.item())
+            figures = f"sure {sure[inside].mean():.2f}, agrees {agrees[inside].mean():.2f}"
+            print(f"    {low:.1f} to {low + 0.1:.1f}: {inside.sum()} pairs, {figures}")
+    print(f"expected calibration error {error:.3f}")
+    known = [i for i, pair in enumerate(pairs) if pair.right and pair.right[0] != pair.right[1]]
+    if known:
+        better = torch.tensor([pairs[i].right[0] for i in known])
+        prefers_right = ((chosen > rejected)[known] == better).float().mean()
+        print(
+            f"right over wrong, whatever the annotator chose: {prefers_right:.3f} of {len(known)}"
+        )
+
+
+def check(config: Config) -> Path:
+    """The directory to write, which must not exist, unless it is the repository's own."""
+    check_ranges(config)
+    output = Path(config.output)
+    if output.exists() and config.output != Config.output:
+        fail(f"--output {output}: exists; choose another one")
+    if config.write_pairs and Path(config.write_pairs).exists():
+        fail(f"--write-pairs {config.write_pairs}: exists; choose another one")
+    return output
+
+
+def main(config: Config) -> None:
+    output = check(config)
+    settings, device = resolve(grpo.Config(system_prompt=config.system_prompt))
+    pairs = read_pairs(config.pairs) if config.pairs else sample_pairs(config)
+    training, held_out = split_by_prompt(pairs, config)
+    print(f"{len(training)} of {len(pairs)} pairs to train on, {len(held_out)} held out")
+    if config.write_pairs:
+        write_pairs(config.write_pairs, training)
+    with tempfile.TemporaryDirectory() as folder:
+        model = begin(config, settings, device, folder)
+    train(model, training, config, settings)
+    model.model.to(torch.bfloat16).float()  # as it is saved
+    measure(model, held_out, config, settings)
+    save(model, output)
+
+
+def write_pairs(path: str, pairs: list[Pair]) -> None:
+    with open(path, "w") as file:
+        for pair in pairs:
+            row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+            file.write(json.dumps(row) + "\n")
+
+
+def save(model: RewardModel, output: Path) -> None:
+    """Written aside and renamed, so that what was there before is lost only for a whole model."""
+    aside = output.with_name(f"{output.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.model.to(torch.bfloat16).save_pretrained(aside)
+    model.tokenizer.save_pretrained(aside)
+    shutil.rmtree(output, ignore_errors=True)
+    os.replace(aside, output)
+    size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
+    print(f"{output}: {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
