@@ -294,7 +294,8 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = begin(config, settings, device, folder)
     train(model, training, config, settings)
-    model.model.to(torch.bfloat16).float()  # as it is saved
+    for parameter in model.model.parameters():  # as it is saved
+        parameter.data = parameter.data.bfloat16().float()
     measure(model, held_out, config, settings)
     save(model, output)
 

@@ -37,6 +37,8 @@ def check_reward_config(config) -> None:
     names = ("learned", "accuracy", "format", "length", "safety")
     if not any(getattr(config, f"{name}_weight") for name in names):
         fail("every weight is 0, so every reward is; --learned-weight 1 takes the reward model's")
+    if config.accuracy_weight and not config.answer_field:
+        fail("--accuracy-weight: the right answers are not known, because --answer-field is empty")
     if config.length_low > config.length_high:
         target = f"--length-low {config.length_low} --length-high {config.length_high}"
         fail(f"{target}: no length lies between them")
@@ -64,6 +66,8 @@ def load_reward_model(config, device: torch.device):
     is_named_by_hand = config.reward_model != type(config).reward_model
     if config.fallback == "fail" or (config.fallback == "auto" and is_named_by_hand):
         fail(f"{message}; --fallback rules trains without it")
+    if not config.answer_field:
+        fail(f"{message}; and the rules need right answers, but --answer-field is empty")
     weights = dict(RULES)
     for name in ("accuracy_weight", "format_weight"):
         weights[name] = getattr(config, name) or weights[name]

@@ -140,7 +140,8 @@ class Config:
     eval_data_path: str | None = None
     # The field of a row that holds the question.
     question_field: str = "question"
-    # The field that holds a number. Where it holds ####, the number follows that.
+    # The field that holds a number. Where it holds ####, the number follows that. "": no answer is
+    # known, and so no accuracy.
     answer_field: str = "answer"
     # The embedded policy knows this one only.
     system_prompt: str = (
@@ -283,11 +284,13 @@ def left_out_by(where: str, row: dict, config: Config) -> str:
 def make_prompt(where: str, row: dict, config: Config, tokenizer) -> Prompt:
     """The prompt of a row. `where` is its file and line, for error texts."""
     question = text_of(where, row, "--question-field", config.question_field)
-    answer = text_of(where, row, "--answer-field", config.answer_field)
-    answer = answer.split("####")[-1].strip()
-    if parse_number(answer) is None:
-        wanted = "must be a number of at most 50 characters"
-        fail(f"{where}: field {config.answer_field!r} {wanted}, is {answer[:50]!r}")
+    answer = ""
+    if config.answer_field:
+        answer = text_of(where, row, "--answer-field", config.answer_field)
+        answer = answer.split("####")[-1].strip()
+        if parse_number(answer) is None:
+            wanted = "must be a number of at most 50 characters"
+            fail(f"{where}: field {config.answer_field!r} {wanted}, is {answer[:50]!r}")
 
     text = render_prompt(tokenizer, config.system_prompt, question)
     # The template has written BOS already, where the model has one.
@@ -353,16 +356,21 @@ def add_parts(experiences: list[Experience], scores: torch.Tensor | None, safety
         form = []
         length = []
         for completion, ids in zip(experience.completions, experience.completion_ids):
-            right = accuracy_reward(completion, experience.answer, config.answer_tolerance)
-            accuracy.append(right)
+            if config.answer_field:
+                right = accuracy_reward(completion, experience.answer, config.answer_tolerance)
+                accuracy.append(right)
             form.append(format_reward(completion))
             length.append(length_reward(len(ids), config.length_low, config.length_high))
-        experience.parts = {} if scores is None else {"learned": scores[number]}
-        experience.parts["accuracy"] = torch.tensor(accuracy)
-        experience.parts["format"] = torch.tensor(form)
-        experience.parts["length"] = torch.tensor(length)
+        parts = {}
+        if accuracy:
+            parts["accuracy"] = torch.tensor(accuracy)
+        parts["format"] = torch.tensor(form)
+        parts["length"] = torch.tensor(length)
+        if scores is not None:
+            parts["learned"] = scores[number]
         if safety:
-            experience.parts["safety"] = safety.rewards(experience.completions)
+            parts["safety"] = safety.rewards(experience.completions)
+        experience.parts = parts
 
 
 def weighted_parts(experience: Experience, config: Config) -> dict[str, torch.Tensor]:
@@ -538,22 +546,24 @@ def evaluate(
     right = 0
     right_leniently = 0
     experiences = rollout(policy, tokenizer, prompts, 1, config)
-    for experience in experiences:
-        judged = (experience.completions[0], experience.answer, config.answer_tolerance)
-        right += accuracy_reward(*judged)
-        right_leniently += is_lenient_match(*judged)
-    figures = {
-        "eval_accuracy": right / len(prompts),
-        "eval_accuracy_lenient": right_leniently / len(prompts),
-        "eval_count": len(prompts),
-    }
+    figures = {}
+    if config.answer_field:
+        for experience in experiences:
+            judged = (experience.completions[0], experience.answer, config.answer_tolerance)
+            right += accuracy_reward(*judged)
+            right_leniently += is_lenient_match(*judged)
+        figures["eval_accuracy"] = right / len(prompts)
+        figures["eval_accuracy_lenient"] = right_leniently / len(prompts)
     if reward_model:
         figures["eval_score"] = score_groups(reward_model, experiences).mean().item()
+    figures["eval_count"] = len(prompts)
     return figures
 
 
-def accuracies_of(experiences: list[Experience]) -> torch.Tensor:
-    """(completions,), 1 where the answer is right, whether that is rewarded or not."""
+def accuracies_of(experiences: list[Experience]) -> torch.Tensor | None:
+    """(completions,), 1 where the answer is right, rewarded or not; None where none is known."""
+    if "accuracy" not in experiences[0].parts:
+        return None
     return torch.cat([experience.parts["accuracy"] for experience in experiences])
 
 
@@ -570,14 +580,15 @@ def part_metrics(experiences: list[Experience], scores, reward_model) -> dict[st
         figures[f"{name}_mean"] = part.mean().item()
         figures[f"{name}_std"] = part.std(dim=1).mean().item()
         deviations[name] = part - part.mean(dim=1, keepdim=True)
-    if scores is not None:
+    if reward_model:
+        figures["score"] = scores.mean().item()
+        figures["score_truncated_fraction"] = reward_model.truncated_fraction
+    if "learned" in deviations and "accuracy" in deviations:
         learned = deviations["learned"]
         accuracy = deviations["accuracy"]
         product = (learned * accuracy).sum()
         size = (learned.square().sum() * accuracy.square().sum()).sqrt()
-        figures["score"] = scores.mean().item()
         figures["score_accuracy_correlation"] = (product / size).item() if size else None
-        figures["score_truncated_fraction"] = reward_model.truncated_fraction
     return figures
 
 
