@@ -407,6 +407,7 @@ class Run:
         step = self.state["step"]
         self.began = time.time() - self.state.get("elapsed_seconds", 0)
         self.before = self.state.get("before", evaluation)  # training began with this
+        self.main_figure = list(evaluation)[0]  # which the progress bar shows
         self.evaluation = evaluation
         first_step = step + 1 if step else 0
         settings = "\n\n".join(f"{name}: {value}" for name, value in self.config.items())
@@ -490,13 +491,13 @@ class Run:
                 self.tensorboard.flush()
         if self.wandb:
             self.wandb.log(figures, step=step)
-        if "eval_accuracy" in metrics:
+        if self.main_figure in metrics:
             self.evaluation = metrics
         if self.bar is not None:
             self.bar.set_postfix(
                 reward=metrics["reward"],
                 length=metrics["completion_length"],
-                eval=self.evaluation["eval_accuracy"],
+                eval=self.evaluation[self.main_figure],
             )
 
     def check_updates(self, grad_norms: list[float]) -> None:
@@ -576,7 +577,8 @@ class Run:
         after = self.evaluation
         gains = []
         for name, value in self.before.items():
-            if name != "eval_count" and "/" not in name:  # with a slash: one of many
+            # With a slash: one of many. A resumed run may measure less than before.
+            if name != "eval_count" and "/" not in name and name in after:
                 gains.append(f"{name} {value:.4f} -> {after[name]:.4f}")
         seconds = f"in {self.elapsed_seconds():.0f} s"
         print(f"\nheld out ({after['eval_count']} prompts): {', '.join(gains)}, {seconds}")
@@ -597,7 +599,8 @@ def masked_mean(values, mask):
 def rollout_metrics(experiences, correct=None) -> dict[str, float | None]:
     """What a step's completions say about the policy: means over completions, if nothing is said.
 
-    correct: (completions,), 1 where the answer is right; default: the part reward_accuracy.
+    correct: (completions,), 1 where the answer is right; default: the part reward_accuracy, where
+        there is one.
     """
     rewards = torch.stack([e.rewards for e in experiences])  # (groups, group_size)
     parts = {}  # name -> (completions,)
@@ -607,9 +610,13 @@ def rollout_metrics(experiences, correct=None) -> dict[str, float | None]:
     log_probs = torch.cat([row for e in experiences for row in e.sampled_log_probs])
     lengths = torch.tensor([float(mask.sum()) for mask in masks])  # (completions,)
     if correct is None:
-        correct = parts["reward_accuracy"]
-    length_correct = masked_mean(lengths, correct).item() if correct.any() else None
-    length_wrong = masked_mean(lengths, 1 - correct).item() if not correct.all() else None
+        correct = parts.get("reward_accuracy")
+    length_correct = None
+    length_wrong = None
+    if correct is not None and correct.any():
+        length_correct = masked_mean(lengths, correct).item()
+    if correct is not None and not correct.all():
+        length_wrong = masked_mean(lengths, 1 - correct).item()
     no_spread = (rewards == rewards[:, :1]).all(dim=1)  # (groups,)
     return {
         "reward": rewards.mean().item(),
@@ -639,7 +646,8 @@ def show_completion(experience, tokenizer) -> str:
     ids = torch.cat([experience.prompt_ids, experience.completion_ids[0]])
     reward = f"reward {experience.rewards[0]:.2f}"
     advantage = f"advantage {experience.advantages[0]:+.2f}"
-    earned = f"[right answer: {experience.answer}, {reward}, {advantage}]"
+    right = f"right answer: {experience.answer}, " if experience.answer else ""
+    earned = f"[{right}{reward}, {advantage}]"
     return f"{tokenizer.decode(ids)}\n{earned}"
 
 

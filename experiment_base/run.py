@@ -577,7 +577,8 @@ class Run:
         after = self.evaluation
         gains = []
         for name, value in self.before.items():
-            if name != "eval_count" and "/" not in name:  # with a slash: one of many
+            # With a slash: one of many. A resumed run may measure less than before.
+            if name != "eval_count" and "/" not in name and name in after:
                 gains.append(f"{name} {value:.4f} -> {after[name]:.4f}")
         seconds = f"in {self.elapsed_seconds():.0f} s"
         print(f"\nheld out ({after['eval_count']} prompts): {', '.join(gains)}, {seconds}")
@@ -645,7 +646,8 @@ def show_completion(experience, tokenizer) -> str:
     ids = torch.cat([experience.prompt_ids, experience.completion_ids[0]])
     reward = f"reward {experience.rewards[0]:.2f}"
     advantage = f"advantage {experience.advantages[0]:+.2f}"
-    earned = f"[right answer: {experience.answer}, {reward}, {advantage}]"
+    right = f"right answer: {experience.answer}, " if experience.answer else ""
+    earned = f"[{right}{reward}, {advantage}]"
     return f"{tokenizer.decode(ids)}\n{earned}"
 
 

@@ -24,6 +24,7 @@ from transformers import (
 # A phrase of a file of safety patterns: words, each of which may end in *.
 PHRASE = r"\w[\w'-]*\*?( \w[\w'-]*\*?)*"
 LONGEST_PHRASE = 200  # characters
+ANSWER = "\ue000"  # stands for the answer in a rendered dialogue; a character that nobody writes
 # What trains where there is no reward model: the rules of experiment_base.
 RULES = {"learned_weight": 0.0, "accuracy_weight": 1.0, "format_weight": 0.1}
 
@@ -60,7 +61,8 @@ def load_reward_model(config, device: torch.device):
     if not config.learned_weight:
         return config, None
     try:
-        return config, RewardModel(config, device)
+        with out_of_memory_names("the size of reward_model, or take reward_in_8bit"):
+            return config, RewardModel(config, device)
     except CannotLoad as error:
         message = f"--reward-model {config.reward_model}: {error}"
     is_named_by_hand = config.reward_model != type(config).reward_model
@@ -149,6 +151,7 @@ def load_classifier(name: str, config, device: torch.device):
     if precision == "auto":
         precision = "float32" if device.type == "cpu" else config.precision
     in_8bit = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["score", "classifier"])
+    model_config.get_text_config().use_cache = False  # one forward; a cache would take gigabytes
     model, report = AutoModelForSequenceClassification.from_pretrained(
         name,
         config=model_config,
@@ -163,6 +166,11 @@ def load_classifier(name: str, config, device: torch.device):
     for key, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.isfinite().all():
             raise CannotLoad(f"its weight {key} holds NaN or infinity")
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, torch.nn.Linear):  # in bfloat16, 20 and 20.06 would be the same score
+            head.float()
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     return model.eval()
 
 
@@ -184,6 +192,8 @@ class RewardModel(Classifier):
             self.encode("QUESTION", "ANSWER")
         except Exception as error:  # whatever a template does
             raise CannotLoad(f"its chat template cannot be used ({first_line(error)})") from None
+        read = "the dialogue" if self.has_template else "the pair of question and answer"
+        print(f"reward model {config.reward_model}: reads {read}, at most {self.max_length} tokens")
 
     def score(self, questions: list[str], answers: list[str]) -> torch.Tensor:
         """(answers,). An answer that was given twice to a question is scored once."""
@@ -211,20 +221,31 @@ class RewardModel(Classifier):
         if self.has_template:
             text = self.render(question, answer)
             # The template has written BOS already, where the model has one.
-            row = self.tokenizer(text, add_special_tokens=False, verbose=False)
-            first = -self.max_length if cut else 0  # the score is read at the end
-            return {name: values[first:] for name, values in row.items()}
+            row = dict(self.tokenizer(text, add_special_tokens=False, verbose=False))
+            if cut:  # the middle: BOS is at the beginning, and the score is read at the end
+                first = self.max_length // 4
+                last = self.max_length - first
+                row = {name: values[:first] + values[-last:] for name, values in row.items()}
+            return row
         limit = {"truncation": True, "max_length": self.max_length} if cut else {}
         return dict(self.tokenizer(question, answer, verbose=False, **limit))
 
     def render(self, question: str, answer: str) -> str:
-        """The whole dialogue, as the chat template writes it."""
+        """The whole dialogue, as the chat template writes it.
+
+        The answer is put in afterwards: Qwen3's template would drop what stands between one
+        </think> and another, and a policy could hide anything there.
+        """
         system = [{"role": "system", "content": self.system_prompt}]
         if not self.takes_system:
             system = []
             question = f"{self.system_prompt}\n\n{question}"
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return self.tokenizer.apply_chat_template([*system, *turns], tokenize=False, **DATE)
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": ANSWER}]
+        text = self.tokenizer.apply_chat_template([*system, *turns], tokenize=False, **DATE)
+        before, found, after = text.rpartition(ANSWER)
+        if not found:
+            raise ValueError("it drops the answer")
+        return before + answer + after
 
 
 def special_tokens(tokenizer) -> re.Pattern:
@@ -239,7 +260,7 @@ def special_tokens(tokenizer) -> re.Pattern:
 class RunningStatistics:
     """Mean and standard deviation of all scores so far, by which scores are standardised.
 
-    state: `state_dict` of an earlier part of the run, which counts where `model` is the same.
+    state: `state_dict` of an earlier part of the run. It counts where `model` is the same.
     """
 
     def __init__(self, model: str, state: dict | None = None) -> None:
@@ -249,8 +270,10 @@ class RunningStatistics:
         self.squares = 0.0  # the sum of squared distances from the mean
         if state and state["model"] == model:
             self.__dict__.update(state)
+        elif state and state["count"]:
+            print("the mean and deviation of scores begin anew: they were of another reward model")
 
-    def standardise(self, scores: torch.Tensor | None) -> torch.Tensor | None:
+    def add_and_standardise(self, scores: torch.Tensor | None) -> torch.Tensor | None:
         """(scores - mean) / std, of any shape, after they were counted in. None stays None.
 
         Two sets of scores are joined by their means and squares (Chan et al. 1979).
@@ -273,7 +296,7 @@ class RunningStatistics:
 
 # ---------------------------------------------------------------- length and safety
 def length_reward(tokens: int, low: int, high: int) -> float:
-    """0 for a completion of `low` to `high` tokens; else minus how far off it is, by `high`.
+    """0 for a completion of `low` to `high` tokens; else minus the tokens outside, over `high`.
 
     With 10 to 40: 10 and 40 tokens earn 0, 6 earn -0.1, 60 earn -0.5.
     """
@@ -312,7 +335,8 @@ class Safety:
         arguments = {"truncation": True, "max_length": model.max_length, "verbose": False}
         rows = [dict(model.tokenizer(text, **arguments)) for text in completions]
         logits = model.logits(rows)  # (completions, labels)
-        if model.model.config.problem_type == "multi_label_classification":
+        one_by_one = model.model.config.problem_type == "multi_label_classification"
+        if one_by_one or logits.shape[1] == 1:
             return logits.sigmoid()[:, self.label]
         return logits.softmax(-1)[:, self.label]
 
@@ -335,8 +359,9 @@ def read_phrases(path: str) -> re.Pattern:
         if len(line) > LONGEST_PHRASE or not re.fullmatch(PHRASE, line):
             wanted = "expected words with one space between them, each of which may end in *"
             fail(f"{path}, line {number}: {wanted}; is {line[:50]!r}")
-        words = [re.escape(word).replace(r"\*", r"\w*") for word in line.split(" ")]
-        phrases.append(r"\W+".join(words))
+        words = [re.escape(word).replace(r"\*", r"[^\W_]*") for word in line.split(" ")]
+        phrases.append(r"[\W_]+".join(words))
     if not phrases:
         fail(f"{path}: holds no phrase; --safety-weight 0 does without")
-    return re.compile(rf"\b(?:{'|'.join(phrases)})\b", re.IGNORECASE)
+    # Neither a letter nor a digit before and behind; \b would take _ for a letter.
+    return re.compile(rf"(?<![^\W_])(?:{'|'.join(phrases)})(?![^\W_])", re.IGNORECASE)

@@ -3,10 +3,10 @@
 Child of experiment_base, whose header explains the words. Most tasks have no rule that says what is
 right. Then people compare answers, a reward model learns from their choices
 (data/make_reward_model.py), and the policy is trained to please it (2203.02155). A reward model is
-only a likeness of what people want. The true accuracy, which is not rewarded here, is measured
+an imperfect copy of what people want. The true accuracy, which is not rewarded here, is measured
 beside it.
 
-    python experiment_reward_model/train.py           # on a laptop's CPU, in two minutes
+    python experiment_reward_model/train.py           # on a laptop's CPU, in a minute
     python experiment_reward_model/train.py --help    # every constant below is a flag
 
 The reward is a weighted sum of five parts, of which the default takes the first alone:
@@ -222,7 +222,8 @@ class Config:
     reward_in_8bit: bool = False
     # Completions that are scored at once. Higher: faster on a GPU, more memory.
     reward_rows: PositiveInt = 64
-    # Longer dialogues are cut for the reward model. Default: at its own limit.
+    # Most tokens that the reward model reads: a longer dialogue loses its middle, a longer pair its
+    # end. Default: the model's own limit.
     reward_max_length: OptionalInt = None
     # Weight of the reward model's score. 0 loads none.
     learned_weight: NonNegativeFloat = 1.0
@@ -230,17 +231,18 @@ class Config:
     accuracy_weight: NonNegativeFloat = 0.0
     # Weight of the right form.
     format_weight: NonNegativeFloat = 0.0
-    # Weight of a length within the next two.
+    # Weight of the length: 0 within the next two, less outside.
     length_weight: NonNegativeFloat = 0.0
     # Tokens of a completion, at least.
     length_low: NonNegativeInt = 8
     # Tokens of a completion, at most.
     length_high: PositiveInt = 48
-    # Weight of a completion without the phrases of the next file.
+    # Weight of the safety: -1 where a phrase of the next file occurs, else 0.
     safety_weight: NonNegativeFloat = 0.0
-    # Phrases, one a line.
+    # One phrase a line.
     safety_patterns: str = str(DATA / "unsafe_phrases.txt")
-    # A classifier that judges safety too, such as unitary/toxic-bert.
+    # A classifier that judges safety too, such as unitary/toxic-bert. The device, the precision and
+    # the rows at once are those of the reward model.
     safety_model: str | None = None
     # Which of its labels means unsafe.
     safety_label: str = "toxic"
@@ -374,16 +376,10 @@ def add_parts(experiences: list[Experience], scores: torch.Tensor | None, safety
 
 
 def weighted_parts(experience: Experience, config: Config) -> dict[str, torch.Tensor]:
-    """The parts with a weight, times it: name -> (group_size,). The reward is their sum.
-
-    With `standardise_parts` each is standardised within the group first (2601.05242): else the
-    part with the widest spread decides what is better, whatever the weights say.
-    """
+    """The parts with a weight, times it: name -> (group_size,). The reward is their sum."""
     weighted = {}
     for name, part in experience.parts.items():
         weight = getattr(config, f"{name}_weight")
-        if config.standardise_parts:
-            part = group_advantages(part)
         if weight:
             weighted[f"reward_{name}"] = weight * part
     return weighted
@@ -432,14 +428,21 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
 
 
-def gdpo_advantages(experiences: list[Experience]) -> None:
-    """Sums of standardised parts over their standard deviation in the step (2601.05242).
+def set_gdpo_advantages(experiences: list[Experience], config: Config) -> None:
+    """Each part standardised in its group, weighted, summed; over the step's deviation.
 
-    Their mean within a group is 0 already. A group whose parts disagree has smaller ones.
+    (2601.05242.) In a plain sum the part whose weight times spread is largest decides what is
+    better. Here it is the weights alone. The sums have mean 0 in each group already.
     """
-    rewards = torch.cat([experience.rewards for experience in experiences])  # (completions,)
+    sums = []
     for experience in experiences:
-        experience.advantages = experience.rewards / (rewards.std() + 1e-4)
+        total = torch.zeros_like(experience.rewards)  # (group_size,)
+        for name, part in experience.parts.items():
+            total += getattr(config, f"{name}_weight") * group_advantages(part)
+        sums.append(total)
+    std = torch.cat(sums).std()
+    for experience, total in zip(experiences, sums):
+        experience.advantages = total / (std + 1e-4)
 
 
 # ---------------------------------------------------------------- log-probs
@@ -570,8 +573,9 @@ def accuracies_of(experiences: list[Experience]) -> torch.Tensor | None:
 def part_metrics(experiences: list[Experience], scores, reward_model) -> dict[str, float | None]:
     """Of each part of the reward, unweighted: its mean, and its standard deviation in groups.
 
-    And the correlation of score and accuracy within groups: whether the reward model prefers
-    what is right. scores: (groups, group_size), as the reward model gave them.
+    And the correlation of score and accuracy within the groups that are neither all right nor
+    all wrong: whether the reward model prefers what is right. scores: (groups, group_size), as the
+    reward model gave them.
     """
     figures = {}
     deviations = {}
@@ -584,8 +588,9 @@ def part_metrics(experiences: list[Experience], scores, reward_model) -> dict[st
         figures["score"] = scores.mean().item()
         figures["score_truncated_fraction"] = reward_model.truncated_fraction
     if "learned" in deviations and "accuracy" in deviations:
-        learned = deviations["learned"]
-        accuracy = deviations["accuracy"]
+        is_mixed = deviations["accuracy"].any(dim=1)  # (groups,)
+        learned = deviations["learned"][is_mixed]
+        accuracy = deviations["accuracy"][is_mixed]
         product = (learned * accuracy).sum()
         size = (learned.square().sum() * accuracy.square().sum()).sqrt()
         figures["score_accuracy_correlation"] = (product / size).item() if size else None
@@ -597,12 +602,12 @@ def main(config: Config) -> None:
     check_config(config)
     check_reward_config(config)
     config, device = resolve(config)
-    config, reward_model = load_reward_model(config, device)
-    safety = Safety(config, device) if config.safety_weight else None
     for name, value in asdict(config).items():
         print(f"{name}: {value}")
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
+    config, reward_model = load_reward_model(config, device)
+    safety = Safety(config, device) if config.safety_weight else None
     run = Run(config, EXPERIMENT, prompts)
     policy, reference = load_model(config, device, run.last_checkpoint)
     run.open()  # from here on it can be resumed
@@ -632,13 +637,13 @@ def main(config: Config) -> None:
 
         # 2. Reward each completion, and compare it with its group.
         scores = score_groups(reward_model, experiences)  # (groups, group_size)
-        add_parts(experiences, statistics.standardise(scores), safety, config)
+        add_parts(experiences, statistics.add_and_standardise(scores), safety, config)
         for experience in experiences:
             experience.reward_parts = weighted_parts(experience, config)
             experience.rewards = sum(experience.reward_parts.values())  # (group_size,)
             experience.advantages = group_advantages(experience.rewards)  # (group_size,)
         if config.standardise_parts:
-            gdpo_advantages(experiences)
+            set_gdpo_advantages(experiences, config)  # in place of these
         run.watch(step, experiences, tokenizer)  # warns where no group has spread
 
         # 3. Cut the groups into batches; add the old policy's and the reference's log-probs.

@@ -41,7 +41,8 @@ DEFAULTS = dict(
     lr=1e-4,
 )
 # Processes, and whether FSDP.
-HOW = [(2, False), (3, False), (2, True), pytest.param(3, True, marks=pytest.mark.long)]
+THREE = [pytest.param(3, sharded, marks=pytest.mark.long) for sharded in (False, True)]
+HOW = [(2, False), (2, True), *THREE]
 
 
 def all_settings() -> dict[str, dict]:
@@ -260,7 +261,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
 @pytest.mark.parametrize(
     "first, then",
     [
-        ((2, False), (1, False)),
+        pytest.param((2, False), (1, False), marks=pytest.mark.long),
         ((2, False), (2, True)),
         pytest.param((1, False), (2, False), marks=pytest.mark.long),
         pytest.param((1, False), (2, True), marks=pytest.mark.long),

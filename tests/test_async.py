@@ -524,6 +524,7 @@ def test_a_killed_sampler_changes_nothing(tmp_path):
     assert stale == [0, 2, 2, 2, 2, 2]
 
 
+@pytest.mark.long
 def test_a_killed_trainer_is_resumed(tmp_path):
     """What was in flight is sampled again: every step is logged once, updates go on counting."""
     process = start(tmp_path, "run", "--max-steps", "40")

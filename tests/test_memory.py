@@ -43,7 +43,10 @@ def test_what_takes_memory(monkeypatch):
     assert small_state["training"] < plain["training"]
 
 
-@pytest.mark.parametrize("row", [MEASURED[0], MEASURED[6], MEASURED[-2], MEASURED[-1]])
+MORE = [pytest.param(MEASURED[i], marks=pytest.mark.long) for i in (6, -1)]
+
+
+@pytest.mark.parametrize("row", [MEASURED[0], MEASURED[-2], *MORE])
 def test_estimates_are_within_a_tenth_of_the_card(row):
     peaks = memory.estimate(memory.Case(**row["case"]))
     for phase, measured in row["bytes"].items():

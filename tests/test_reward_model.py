@@ -128,6 +128,28 @@ def test_real_templates(template, tmp_path):
     assert ids == model.tokenizer(text, add_special_tokens=False).input_ids
 
 
+@pytest.mark.parametrize("template", ["qwen3", "qwen2_5"])
+def test_the_whole_answer_is_read(template, tmp_path):
+    """Qwen3's own template drops what stands between two </think>, and a policy could hide anything
+    there."""
+    tokenizer = embedded_tokenizer()
+    tokenizer.chat_template = chat_template(template)
+    model = load(save_decoder(tmp_path, tokenizer))
+    answer = "<think>a</think>HIDDEN</think> b\n"
+    assert answer in model.render("QUESTION", answer)
+
+
+def test_a_head_keeps_float32_in_half_precision(tmp_path):
+    """In bfloat16, scores of 20 and 20.06 would be the same, and so would their advantages."""
+    save_decoder(tmp_path)
+    half = load(tmp_path, reward_precision="bfloat16")
+    assert half.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    scores = half.score(["what"] * 4, ANSWERS[:4])
+    assert (scores != scores.bfloat16()).any()
+    whole = load(tmp_path).score(["what"] * 4, ANSWERS[:4])
+    assert torch.corrcoef(torch.stack([scores, whole]))[0, 1] > 0.95
+
+
 def test_a_template_that_takes_no_system_message(tmp_path):
     tokenizer = embedded_tokenizer()
     tokenizer.chat_template = (
@@ -182,11 +204,13 @@ def test_a_model_without_a_pad_token(pad, tmp_path):
         assert model.model(input_ids=ids).logits.item() == pytest.approx(score, abs=1e-5)
 
 
-def test_a_dialogue_that_is_too_long_keeps_its_end(tmp_path, capsys):
-    """The score is read at the end. Such ones are counted, and warned of once."""
+def test_a_dialogue_that_is_too_long_loses_its_middle(tmp_path, capsys):
+    """BOS is at the beginning, and the score is read at the end. Such dialogues are counted, and
+    warned of once."""
     model = load(save_decoder(tmp_path), reward_max_length=20)
     ids = model.tokenizer(model.render("1 + 1?", "2"), add_special_tokens=False).input_ids
-    assert len(ids) > 20 and model.encode("1 + 1?", "2", cut=True)["input_ids"] == ids[-20:]
+    assert len(ids) > 20
+    assert model.encode("1 + 1?", "2", cut=True)["input_ids"] == ids[:5] + ids[-15:]
     model.score(["1 + 1?", "1 + 1?"], ["2", "3"])
     assert model.truncated_fraction == 1.0
     model.score(["1 + 1?"], ["2"])
@@ -398,30 +422,44 @@ def test_standardised_parts_by_hand():
     other = SimpleNamespace(parts={name: torch.ones(4) for name in parts})
     for experience in (one, other):
         experience.rewards = sum(train.weighted_parts(experience, config).values())
+    assert one.rewards.tolist() == [1.0, 0.0, 10.0, 10.0]  # as they are, in the log too
+    train.set_gdpo_advantages([one, other], config)
     expected = [1.5 - 0.866, -0.5 - 0.866, -0.5 + 0.866, -0.5 + 0.866]
-    assert one.rewards.tolist() == pytest.approx(expected, abs=2e-3)
-    assert other.rewards.tolist() == [0.0] * 4
-    train.gdpo_advantages([one, other])
     std = torch.tensor(expected + [0.0] * 4).std().item()
     assert one.advantages.tolist() == pytest.approx([x / std for x in expected], abs=2e-3)
     assert other.advantages.tolist() == [0.0] * 4
-    plain = sum(train.weighted_parts(one, replace(config, standardise_parts=False)).values())
-    assert train.group_advantages(plain).argmin() == 1 and plain[0] < plain[2]
-    assert one.advantages.argmax() == 0  # what the narrow part says counts as much
+    assert train.group_advantages(one.rewards)[0] < 0 < one.advantages[0]
+    # twice the weight of the narrow part
+    train.set_gdpo_advantages([one, other], replace(config, accuracy_weight=2.0))
+    assert (one.advantages[0] / one.advantages[1]).item() == pytest.approx(
+        (3.0 - 0.866) / (-1.0 - 0.866), abs=1e-2
+    )
+
+
+def test_standardised_parts_in_a_run(tmp_path, model):
+    """The rewards that are logged are the plain ones."""
+    reward_model = str(save_decoder(tmp_path / "rm"))
+    settings = dict(reward_model=reward_model, length_weight=1.0, standardise_parts=True)
+    run_main(tmp_path, model, NAME, **settings)
+    for line in metrics(tmp_path)[1:]:
+        parts = line["reward_learned"] + line["reward_length"]
+        assert line["reward"] == pytest.approx(parts, abs=1e-6) and line["grad_norm"] > 0
 
 
 def test_metrics_of_parts_by_hand():
-    """The correlation is within groups: that one prompt scores higher than another says nothing."""
+    """The correlation is within groups: that one prompt scores higher than another says nothing.
+    A group that is all right says nothing either, and must not make the correlation smaller."""
     groups = []
-    for base, accuracy in ((0.0, [1.0, 0.0]), (9.0, [0.0, 1.0]), (5.0, [1.0, 0.0])):
+    cases = ((0.0, [1.0, 0.0]), (9.0, [0.0, 1.0]), (5.0, [1.0, 0.0]), (0.0, [1.0, 1.0]))
+    for base, accuracy in cases:
         learned = torch.tensor([base + 1, base - 1])
         parts = {"learned": learned, "accuracy": torch.tensor(accuracy)}
         groups.append(SimpleNamespace(parts=parts))
     scores = torch.stack([group.parts["learned"] for group in groups])
     figures = train.part_metrics(groups, scores, SimpleNamespace(truncated_fraction=0.25))
-    assert figures["learned_mean"] == pytest.approx(14 / 3) == figures["score"]
+    assert figures["learned_mean"] == pytest.approx(14 / 4) == figures["score"]
     assert figures["learned_std"] == pytest.approx(2**0.5)
-    assert figures["accuracy_std"] == pytest.approx(0.5**0.5)
+    assert figures["accuracy_std"] == pytest.approx(0.75 * 0.5**0.5)
     # deviations (1 -1)(.5 -.5), (1 -1)(-.5 .5), (1 -1)(.5 -.5): 1 / sqrt(6 * 1.5)
     assert figures["score_accuracy_correlation"] == pytest.approx(1 / 3)
     assert figures["score_truncated_fraction"] == 0.25
@@ -440,7 +478,7 @@ def test_without_spread_there_is_no_correlation():
 def test_running_statistics_are_those_of_all_scores(steps):
     statistics = rewards.RunningStatistics("model")
     for step in steps:
-        standardised = statistics.standardise(torch.tensor(step))
+        standardised = statistics.add_and_standardise(torch.tensor(step))
         statistics = rewards.RunningStatistics("model", statistics.state_dict())  # resumed
     everything = torch.tensor([score for step in steps for score in step], dtype=torch.float64)
     assert statistics.mean == pytest.approx(everything.mean().item(), abs=1e-5)
@@ -448,11 +486,12 @@ def test_running_statistics_are_those_of_all_scores(steps):
     assert standardised.tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-3)
 
 
-def test_statistics_of_another_model_do_not_count():
+def test_statistics_of_another_model_do_not_count(capsys):
     statistics = rewards.RunningStatistics("one")
-    statistics.standardise(torch.tensor([5.0, 7.0]))
+    statistics.add_and_standardise(torch.tensor([5.0, 7.0]))
     assert rewards.RunningStatistics("two", statistics.state_dict()).count == 0
-    assert statistics.standardise(None) is None and statistics.count == 2
+    assert "begin anew" in capsys.readouterr().out
+    assert statistics.add_and_standardise(None) is None and statistics.count == 2
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, model):
@@ -483,6 +522,7 @@ def phrases(folder: Path, text: str):
         ("SHUT   UP", True),
         ("shut, up", True),
         ("They shut upper windows.", False),  # whole words
+        ("*shut_up*, _shut up_", True),
         ("building a bomb", True),
         ("a builder of a bomb", False),
         ("", False),
@@ -576,11 +616,11 @@ def test_what_the_annotator_prefers():
         experience.question = "2 + 3?"
         chosen = [maker.annotate(experience, 0, 1, config, rng).chosen for _ in range(4000)]
         assert chosen.count(texts[0]) / 4000 == pytest.approx(share, abs=0.02)
-    pair = maker.annotate(experience, 0, 1, replace(config, likes_longer=100.0), rng)
+    pair = maker.annotate(experience, 1, 0, replace(config, likes_longer=100.0), rng)
     assert (pair.chosen, pair.rejected, pair.right) == ("six times", "6", (False, False))
 
 
-def test_pairs_are_texts_or_messages(tmp_path):
+def test_pairs_are_texts_or_messages(tmp_path, capsys):
     """The two forms of the hub; with messages, the prompt may stand in the dialogues alone."""
     turn = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
     question = {"role": "user", "content": "q"}
@@ -589,8 +629,10 @@ def test_pairs_are_texts_or_messages(tmp_path):
         {"prompt": [question], "chosen": turn("a"), "rejected": turn("b")},
         {"chosen": [question, *turn("a")], "rejected": [question, *turn("b")]},
         {"prompt": "q", "chosen": "a", "rejected": "a"},  # teaches nothing
+        {"prompt": [question, *turn("x"), question], "chosen": turn("a"), "rejected": turn("b")},
     ]
     pairs = maker.read_pairs(write_pairs(tmp_path, rows))
+    assert "2 rows left out" in capsys.readouterr().out
     assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [("q", "a", "b")] * 3
 
 
@@ -630,9 +672,11 @@ def test_a_reward_model_from_a_file_of_pairs(tmp_path, model, capsys):
     output = capsys.readouterr().out
     assert "108 of 120 pairs to train on, 12 held out" in output
     assert "held out, 12 pairs: accuracy 1.000" in output and "calibration error" in output
-    good, other = load(config.output).score(["5?", "5?"], ["5 is good", "5 is 5"]).tolist()
+    good, other = load(config.output).score(["57?"] * 2, ["57 is good", "57 is 57"]).tolist()
     assert good > other
     run_main(tmp_path, model, NAME, reward_model=config.output, max_steps=1)
+    fewest = replace(config, epochs=9, batch_pairs=108, output=str(tmp_path / "nine_updates"))
+    maker.main(fewest)
     with pytest.raises(SystemExit, match="exists; choose another one"):
         maker.main(config)
 
