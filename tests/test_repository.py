@@ -128,20 +128,20 @@ def test_every_flag_that_the_readmes_show_exists():
         config = (ROOT / experiment / "train.py").read_text()
         for readme in (ROOT / "README.md", ROOT / "data" / "README.md"):
             for command in re.findall(
-                rf"{experiment}/train\.py((?:[^`\n]|\\\n)*)", readme.read_text()
+                rf"{experiment}/train\.py((?:\\\n|[^`\n])*)", readme.read_text()
             ):
                 for flag in re.findall(r"--([a-z0-9-]+)", command.split("#")[0]):
                     assert flag == "help" or re.search(
                         rf"^    {flag.replace('-', '_')}: ", config, re.M
                     ), flag
         readme = (ROOT / experiment / "README.md").read_text()
-        for script, flags in re.findall(r"((?:data|benchmarks)/\w+\.py)((?:[^`\n]|\\\n)*)", readme):
+        for script, flags in re.findall(r"((?:data|benchmarks)/\w+\.py)((?:\\\n|[^`\n])*)", readme):
             for flag in re.findall(r"--([a-z0-9-]+)", flags):
                 assert re.search(
                     rf"^    {flag.replace('-', '_')}: ", (ROOT / script).read_text(), re.M
                 ), flag
         readme = re.sub(
-            r"(?:data|benchmarks)/\w+\.py(?:[^`\n]|\\\n)*|without\s+`--model-name`", "", readme
+            r"(?:data|benchmarks)/\w+\.py(?:\\\n|[^`\n])*|without\s+`--model-name`", "", readme
         )
         # Flags with an underscore, and --cpu, are those of `accelerate launch`; --head and
         # --address are those of `ray start`.

@@ -16,7 +16,7 @@ MOST_CHANGED_LINES = {
     "experiment_drgrpo": 20,
     "experiment_dapo": 105,
     "experiment_ifeval": 330,
-    "experiment_reward_model": 190,
+    "experiment_reward_model": 235,
     "experiment_multiturn_tool_calling": 300,
     "experiment_multiturn_qa": 170,
 }
