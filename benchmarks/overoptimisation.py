@@ -119,7 +119,10 @@ def rises_and_falls(peak: dict, end: dict) -> bool:
 
 
 def draw(found: dict, config: Config, path: Path) -> None:
-    """A column for each size of preference data; gold above, proxy below, a line for each run."""
+    """A column for each size of preference data; gold above, proxy below, a line for each run.
+
+    The proxy is drawn from the second evaluation on: until there it rises much further.
+    """
     shape = (2, len(config.pairs))
     size = (4 * shape[1], 5.6)
     figure, rows = plt.subplots(*shape, figsize=size, sharex="col", squeeze=False)
@@ -128,6 +131,8 @@ def draw(found: dict, config: Config, path: Path) -> None:
             for kl_weight in config.kl_weights:
                 for number, seed in enumerate(config.seeds):
                     figures = found[pairs, kl_weight, seed]
+                    if name == "proxy":
+                        figures = figures[1:]
                     axes.plot(
                         [point["distance"] for point in figures],
                         [point[name] for point in figures],
@@ -143,7 +148,7 @@ def draw(found: dict, config: Config, path: Path) -> None:
                 axes.set_ylim(0, 1.02)
                 axes.set_title(f"{pairs:,} pairs", fontsize=10)
     rows[0][0].set_ylabel("true accuracy (gold)")
-    rows[1][0].set_ylabel("learned score (proxy)")
+    rows[1][0].set_ylabel(f"learned score (proxy), from step {EVAL_INTERVAL} on")
     for axes in rows[1]:
         axes.set_xlabel("distance from the first policy, √KL")
     rows[0][0].legend(fontsize=8)

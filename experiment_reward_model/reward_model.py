@@ -215,14 +215,15 @@ class RewardModel(Classifier):
         return torch.tensor([scores[pair] for pair in pairs])
 
     def encode(self, question: str, answer: str, cut: bool = False) -> dict[str, list[int]]:
-        """The model's inputs. cut: to `max_length` tokens."""
+        """The model's inputs. cut: to at most `max_length` tokens."""
         while self.special_tokens.search(answer):  # to take one out may join another
             answer = self.special_tokens.sub("", answer)
         if self.has_template:
             text = self.render(question, answer)
             # The template has written BOS already, where the model has one.
             row = dict(self.tokenizer(text, add_special_tokens=False, verbose=False))
-            if cut:  # the middle: BOS is at the beginning, and the score is read at the end
+            if cut and len(row["input_ids"]) > self.max_length:
+                # The middle: BOS is at the beginning, and the score is read at the end.
                 first = self.max_length // 4
                 last = self.max_length - first
                 row = {name: values[:first] + values[-last:] for name, values in row.items()}

@@ -211,6 +211,9 @@ def test_a_dialogue_that_is_too_long_loses_its_middle(tmp_path, capsys):
     ids = model.tokenizer(model.render("1 + 1?", "2"), add_special_tokens=False).input_ids
     assert len(ids) > 20
     assert model.encode("1 + 1?", "2", cut=True)["input_ids"] == ids[:5] + ids[-15:]
+    model.max_length = len(ids)  # just fits
+    assert model.encode("1 + 1?", "2", cut=True)["input_ids"] == ids
+    model.max_length = 20
     model.score(["1 + 1?", "1 + 1?"], ["2", "3"])
     assert model.truncated_fraction == 1.0
     model.score(["1 + 1?"], ["2"])
