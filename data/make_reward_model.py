@@ -31,6 +31,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,15 +52,18 @@ from model import (  # noqa: E402
     out_of_memory_names,
     resolve,
 )
-from reward_model import RewardModel  # noqa: E402
+from reward_model import FEWEST_TOKENS, RewardModel  # noqa: E402
 from run import (  # noqa: E402
     NonNegativeFloat,
     OptionalInt,
     PositiveInt,
     Seed,
+    Share,
     check_ranges,
     fail,
     first_line,
+    flag_of,
+    is_unicode,
 )
 
 EMBEDDED_POLICY = str(DATA / "policy_math")
@@ -90,7 +94,7 @@ class Config:
     max_length: PositiveInt = 1024
     # The learning rate at its highest: it rises for a tenth of the updates, then falls to 0. Real
     # models: 1e-5.
-    lr: NonNegativeFloat = 3e-4
+    lr: Share = 3e-4
     # How much more the annotator likes a right answer than a wrong one, in log-odds.
     likes_right: NonNegativeFloat = 3.0
     # How much more he likes an answer that is a token longer, in log-odds.
@@ -152,35 +156,54 @@ def annotate(experience, first: int, second: int, config: Config, rng) -> Pair:
 def read_pairs(path: str) -> list[Pair]:
     """The rows of a file or data set, whose fields are texts or lists of messages.
 
-    Dialogues of several turns are left out, and so are pairs of equal answers.
+    Dialogues of several turns are left out, and so are pairs of equal answers. A system message is
+    replaced by `system_prompt`.
     """
     pairs = []
     left_out = 0
     for where, row in read_rows(path, "train"):
-        fields = {name: row.get(name) for name in ("prompt", "chosen", "rejected")}
-        if fields["prompt"] is None and isinstance(fields["chosen"], list):
-            fields["prompt"] = fields["chosen"][:-1]  # it stands in the dialogues alone
-        texts = {name: last_message(value) for name, value in fields.items()}
-        for name, text in texts.items():
-            is_empty_prompt = name == "prompt" and not text
-            if not isinstance(text, str) or is_empty_prompt:
-                fail(f"{where}: field {name!r} must be a text or a list of messages")
-        turns = [m.get("role") for m in fields["prompt"] if isinstance(m, dict)]
-        if turns.count("user") > 1 or texts["chosen"] == texts["rejected"]:
+        messages = {}
+        for field in ("prompt", "chosen", "rejected"):
+            role = "user" if field == "prompt" else "assistant"
+            messages[field] = messages_of(where, field, row.get(field), role)
+        if not messages["prompt"] and not isinstance(row["chosen"], list):
+            fail(f"{where}: field 'prompt' is missing or empty")
+        question, chosen = one_turn(messages["prompt"], messages["chosen"])
+        same_question, rejected = one_turn(messages["prompt"], messages["rejected"])
+        if question is None or question != same_question or chosen == rejected:
             left_out += 1
         else:
-            pairs.append(Pair(**texts))
+            pairs.append(Pair(question, chosen, rejected))
     if left_out:
-        print(f"{path}: {left_out} rows left out, with several turns or with equal answers")
+        print(f"{path}: {left_out} rows left out: several turns, equal answers or other questions")
     return pairs
 
 
-def last_message(value) -> str | None:
-    """The text of a list of messages' last one; a text as it is."""
-    if isinstance(value, list):
-        is_message = bool(value) and isinstance(value[-1], dict)
-        return value[-1].get("content") if is_message else None
-    return value
+def messages_of(where: str, field: str, value, role: str) -> list[dict]:
+    """A field as messages. A missing prompt is none: it may stand in the dialogues."""
+    if value is None and field == "prompt":
+        return []
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}] if value or field != "prompt" else []
+    wanted = f"{where}: field {field!r} must be a text or a list of messages"
+    if not isinstance(value, list) or (not value and field != "prompt"):
+        fail(wanted)
+    for message in value:
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str) or not is_unicode(content):
+            fail(f"{wanted}, each with a text as its content")
+    return [message for message in value if message.get("role") != "system"]
+
+
+def one_turn(prompt: list[dict], answer: list[dict]) -> tuple[str | None, str | None]:
+    """(question, answer) of a dialogue of one turn, else (None, None).
+
+    The answer's messages may begin with the prompt's.
+    """
+    dialogue = answer if len(answer) > 1 else prompt + answer
+    if [message.get("role") for message in dialogue] != ["user", "assistant"]:
+        return None, None
+    return dialogue[0]["content"], dialogue[1]["content"]
 
 
 def split_by_prompt(pairs: list[Pair], config: Config) -> tuple[list[Pair], list[Pair]]:
@@ -190,7 +213,8 @@ def split_by_prompt(pairs: list[Pair], config: Config) -> tuple[list[Pair], list
     held_out = set(prompts[: max(1, int(HELD_OUT * len(prompts)))])
     training = [pair for pair in pairs if pair.prompt not in held_out][: config.max_pairs]
     if not training:
-        fail(f"{len(pairs)} pairs of {len(prompts)} prompts: too few to hold some out")
+        found = f"{len(pairs)} pairs of {len(prompts)} prompts can be used"
+        fail(f"{config.pairs}: {found}; two prompts are needed, of which one is held out")
     return training, [pair for pair in pairs if pair.prompt in held_out][:MOST_HELD_OUT]
 
 
@@ -199,7 +223,8 @@ def begin(config: Config, settings, device, folder: str) -> RewardModel:
     """The base model with a fresh score in place of its output head, written to `folder`."""
     layers = config.layers
     if layers is None:
-        layers = 2 if config.base_model == EMBEDDED_POLICY else 0
+        is_embedded = Path(config.base_model).resolve() == Path(EMBEDDED_POLICY)
+        layers = 2 if is_embedded else 0
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.base_model)
         model_config = AutoConfig.from_pretrained(config.base_model, num_labels=1)
@@ -266,6 +291,8 @@ def train(model: RewardModel, pairs: list[Pair], config: Config, settings) -> No
                 loss = bradley_terry_loss(chosen, rejected).sum() / len(batch)
                 loss.backward()
                 total += loss.item()
+            if not math.isfinite(total):
+                fail(f"update {update + 1}: the loss is not finite; lower --lr; nothing is written")
             torch.nn.utils.clip_grad_norm_(model.model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
@@ -308,53 +335,70 @@ def measure(model: RewardModel, pairs: list[Pair], config: Config, settings) -> 
         )
 
 
-def check(config: Config) -> Path:
-    """The directory to write, which must not exist, unless it is the repository's own."""
+def check(config: Config) -> None:
+    """Refuse what cannot work or would overwrite something, before anything is made."""
     check_ranges(config)
-    output = Path(config.output)
-    if output.exists() and config.output != Config.output:
-        fail(f"--output {output}: exists; choose another one")
-    if config.write_pairs and Path(config.write_pairs).exists():
-        fail(f"--write-pairs {config.write_pairs}: exists; choose another one")
-    return output
+    for name in ("pairs", "base_model", "write_pairs", "output"):
+        if getattr(config, name) == "":
+            fail(f"{flag_of(name)}: is empty")
+    if config.max_length < FEWEST_TOKENS:
+        fail(f"--max-length {config.max_length}: take at least {FEWEST_TOKENS}")
+    is_own = Path(config.output).resolve() == Path(Config.output)
+    for flag, path in (("--output", config.output), ("--write-pairs", config.write_pairs)):
+        is_taken = path and os.path.lexists(path)
+        if is_taken and not (flag == "--output" and is_own and Path(path).is_dir()):
+            fail(f"{flag} {path}: exists; choose another one")
+
+
+@contextmanager
+def writing(output: Path):
+    """A directory beside `output`, which is renamed to it at the end if all went well."""
+    try:
+        os.path.lexists(output)
+        aside = tempfile.mkdtemp(prefix=f"{output.name}.", dir=output.parent)
+    except OSError as error:
+        fail(f"--output {output}: cannot be written ({error.strerror})")
+    try:
+        yield Path(aside)
+        shutil.rmtree(output, ignore_errors=True)
+        os.chmod(aside, 0o755)
+        os.replace(aside, output)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; nothing is written")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def main(config: Config) -> None:
-    output = check(config)
+    check(config)
     settings, device = resolve(grpo.Config(system_prompt=config.system_prompt))
     if settings.precision == "float16":  # its gradients would need to be scaled
         settings = replace(settings, precision="float32")
-    pairs = read_pairs(config.pairs) if config.pairs else sample_pairs(config)
-    training, held_out = split_by_prompt(pairs, config)
-    print(f"{len(training)} of {len(pairs)} pairs to train on, {len(held_out)} held out")
-    if config.write_pairs:
-        write_pairs(config.write_pairs, training)
-    with tempfile.TemporaryDirectory() as folder:
-        model = begin(config, settings, device, folder)
-    train(model, training, config, settings)
-    for parameter in model.model.parameters():  # as it is saved
-        parameter.data = parameter.data.bfloat16().float()
-    measure(model, held_out, config, settings)
-    save(model, output)
+    output = Path(config.output)
+    with writing(output) as aside:
+        model = begin(config, settings, device, str(aside))
+        pairs = read_pairs(config.pairs) if config.pairs else sample_pairs(config)
+        training, held_out = split_by_prompt(pairs, config)
+        print(f"{len(training)} of {len(pairs)} pairs to train on, {len(held_out)} held out")
+        if config.write_pairs:
+            write_pairs(config.write_pairs, training)
+        train(model, training, config, settings)
+        for parameter in model.model.parameters():  # as it is saved
+            parameter.data = parameter.data.bfloat16().float()
+        measure(model, held_out, config, settings)
+        model.model.to(torch.bfloat16).save_pretrained(aside)
+    size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
+    print(f"{output}: {size:.1f} MB")
 
 
 def write_pairs(path: str, pairs: list[Pair]) -> None:
-    with open(path, "w") as file:
-        for pair in pairs:
-            row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-            file.write(json.dumps(row) + "\n")
-
-
-def save(model: RewardModel, output: Path) -> None:
-    """Written aside and renamed, so that what was there before is lost only for a whole model."""
-    aside = output.with_name(f"{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.model.to(torch.bfloat16).save_pretrained(aside)
-    model.tokenizer.save_pretrained(aside)
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(aside, output)
-    size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
-    print(f"{output}: {size:.1f} MB")
+    try:
+        with open(path, "x") as file:
+            for pair in pairs:
+                row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+                file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        fail(f"--write-pairs {path}: cannot be written ({error.strerror})")
 
 
 if __name__ == "__main__":

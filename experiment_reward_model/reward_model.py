@@ -8,12 +8,15 @@ better the answer. Its tokenizer says how it reads an answer:
 """
 
 import re
+import unicodedata
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from model import DATE, is_out_of_memory, out_of_memory_names, takes_system_message
-from run import fail, first_line
+from run import fail, first_line, flag_of
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -24,6 +27,8 @@ from transformers import (
 # A phrase of a file of safety patterns: words, each of which may end in *.
 PHRASE = r"\w[\w'-]*\*?( \w[\w'-]*\*?)*"
 LONGEST_PHRASE = 200  # characters
+MOST_PHRASES = 2000  # ten times as many take a second to find in the completions of a step
+FEWEST_TOKENS = 32  # that a question and an answer may be cut to
 ANSWER = "\ue000"  # stands for the answer in a rendered dialogue; a character that nobody writes
 # What trains where there is no reward model: the rules of experiment_base.
 RULES = {"learned_weight": 0.0, "accuracy_weight": 1.0, "format_weight": 0.1}
@@ -40,6 +45,12 @@ def check_reward_config(config) -> None:
         fail("every weight is 0, so every reward is; --learned-weight 1 takes the reward model's")
     if config.accuracy_weight and not config.answer_field:
         fail("--accuracy-weight: the right answers are not known, because --answer-field is empty")
+    for name in ("reward_model", "reward_device", "safety_patterns", "safety_model"):
+        if getattr(config, name) == "":
+            fail(f"{flag_of(name)}: is empty")
+    if config.reward_max_length and config.reward_max_length < FEWEST_TOKENS:
+        wanted = f"too few for a question and its answer; take at least {FEWEST_TOKENS}"
+        fail(f"--reward-max-length {config.reward_max_length}: {wanted}")
     if config.length_low > config.length_high:
         target = f"--length-low {config.length_low} --length-high {config.length_high}"
         fail(f"{target}: no length lies between them")
@@ -55,8 +66,8 @@ def check_reward_config(config) -> None:
 def load_reward_model(config, device: torch.device):
     """(config, RewardModel). Where it cannot be loaded: (config with the rules' weights, None).
 
-    By default the rules are taken where the model that comes with the repository is missing. A
-    model that was named by hand ends the program.
+    By default the rules are taken where the model that comes with the repository cannot be loaded.
+    What was asked for by a flag ends the program, and so does a run that is resumed.
     """
     if not config.learned_weight:
         return config, None
@@ -65,11 +76,13 @@ def load_reward_model(config, device: torch.device):
             return config, RewardModel(config, device)
     except CannotLoad as error:
         message = f"--reward-model {config.reward_model}: {error}"
-    is_named_by_hand = config.reward_model != type(config).reward_model
-    if config.fallback == "fail" or (config.fallback == "auto" and is_named_by_hand):
-        fail(f"{message}; --fallback rules trains without it")
+    is_default = Path(config.reward_model).resolve() == Path(type(config).reward_model).resolve()
+    is_asked_for = not is_default or config.reward_device or config.reward_in_8bit
+    goes_on = config.fallback == "auto" and not is_asked_for and not config.resume
     if not config.answer_field:
-        fail(f"{message}; and the rules need right answers, but --answer-field is empty")
+        fail(f"{message}; the rules need right answers, and --answer-field names none")
+    if config.fallback != "rules" and not goes_on:
+        fail(f"{message}; --fallback rules trains without it")
     weights = dict(RULES)
     for name in ("accuracy_weight", "format_weight"):
         weights[name] = getattr(config, name) or weights[name]
@@ -96,7 +109,7 @@ class Classifier:
         except Exception as error:  # a missing or damaged file leads to many kinds
             if is_out_of_memory(error):
                 raise
-            raise CannotLoad(f"cannot be loaded ({first_line(error)})") from None
+            raise CannotLoad(f"cannot be loaded ({why_not(name, error)})") from None
         text_config = self.model.config.get_text_config()
         self.vocabulary = text_config.vocab_size
         if len(self.tokenizer) > self.vocabulary:
@@ -152,6 +165,8 @@ def load_classifier(name: str, config, device: torch.device):
         precision = "float32" if device.type == "cpu" else config.precision
     in_8bit = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["score", "classifier"])
     model_config.get_text_config().use_cache = False  # one forward; a cache would take gigabytes
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # missing weights are told of below
     model, report = AutoModelForSequenceClassification.from_pretrained(
         name,
         config=model_config,
@@ -160,6 +175,7 @@ def load_classifier(name: str, config, device: torch.device):
         device_map={"": device},
         output_loading_info=True,
     )
+    transformers.logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])
     if missing:  # of a language model: the head that gives the score
         raise CannotLoad(f"is no classifier: its weight {missing[0]} is missing, so it is random")
@@ -172,6 +188,17 @@ def load_classifier(name: str, config, device: torch.device):
             head.float()
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     return model.eval()
+
+
+def why_not(name: str, error: Exception) -> str:
+    """Why a model could not be loaded, where its name says more than the error."""
+    if Path(name).is_file():
+        return "it is a file; name its directory"
+    if Path(name).is_dir():
+        return (
+            f"a file in this directory is missing, damaged or of no classifier: {first_line(error)}"
+        )
+    return f"there is no such directory, and the hub does not give it: {first_line(error)}"
 
 
 class RewardModel(Classifier):
@@ -189,11 +216,18 @@ class RewardModel(Classifier):
         self.truncated_fraction = 0.0  # of the answers that were scored last
         self.has_warned = False
         try:
-            self.encode("QUESTION", "ANSWER")
+            row = self.encode("QUESTION", "ANSWER")
         except Exception as error:  # whatever a template does
             raise CannotLoad(f"its chat template cannot be used ({first_line(error)})") from None
+        if not row["input_ids"]:
+            raise CannotLoad("its tokenizer makes no tokens; a file of it may be missing")
         read = "the dialogue" if self.has_template else "the pair of question and answer"
         print(f"reward model {config.reward_model}: reads {read}, at most {self.max_length} tokens")
+
+    def checksum(self) -> int:
+        """Of the weights of the score, which differ after any training."""
+        weights = list(self.model.parameters())[-1].detach().float().cpu()
+        return zlib.crc32(weights.numpy().tobytes())
 
     def score(self, questions: list[str], answers: list[str]) -> torch.Tensor:
         """(answers,). An answer that was given twice to a question is scored once."""
@@ -261,17 +295,17 @@ def special_tokens(tokenizer) -> re.Pattern:
 class RunningStatistics:
     """Mean and standard deviation of all scores so far, by which scores are standardised.
 
-    state: `state_dict` of an earlier part of the run. It counts where `model` is the same.
+    state: `state_dict` of an earlier part of the run. It counts where the reward model is the same.
     """
 
-    def __init__(self, model: str, state: dict | None = None) -> None:
-        self.model = model
+    def __init__(self, reward_model: RewardModel | None, state: dict | None = None) -> None:
+        self.checksum = reward_model.checksum() if reward_model else 0
         self.count = 0
         self.mean = 0.0
         self.squares = 0.0  # the sum of squared distances from the mean
-        if state and state["model"] == model:
+        if state and state["checksum"] == self.checksum:
             self.__dict__.update(state)
-        elif state and state["count"]:
+        elif state and state["count"] and reward_model:
             print("the mean and deviation of scores begin anew: they were of another reward model")
 
     def add_and_standardise(self, scores: torch.Tensor | None) -> torch.Tensor | None:
@@ -325,7 +359,8 @@ class Safety:
 
     def rewards(self, completions: list[str]) -> torch.Tensor:
         """(completions,), from -1 to 0."""
-        unsafe = torch.tensor([float(bool(self.pattern.search(text))) for text in completions])
+        found = [self.pattern.search(plain(text)) for text in completions]
+        unsafe = torch.tensor([float(match is not None) for match in found])
         if self.classifier:
             unsafe = torch.maximum(unsafe, self.probabilities(completions))
         return -unsafe
@@ -334,7 +369,7 @@ class Safety:
         """(completions,), how likely the classifier finds the label."""
         model = self.classifier
         arguments = {"truncation": True, "max_length": model.max_length, "verbose": False}
-        rows = [dict(model.tokenizer(text, **arguments)) for text in completions]
+        rows = [dict(model.tokenizer(text or " ", **arguments)) for text in completions]
         logits = model.logits(rows)  # (completions, labels)
         one_by_one = model.model.config.problem_type == "multi_label_classification"
         if one_by_one or logits.shape[1] == 1:
@@ -343,7 +378,7 @@ class Safety:
 
 
 def read_phrases(path: str) -> re.Pattern:
-    """One phrase a line, matched in any case as whole words; * at a word's end is any ending.
+    """One phrase a line, found in any case as whole words; * at a word's end is any ending.
 
     Lines that begin with # and empty ones are left out. No other sign has a meaning: a pattern
     that anybody can write could take minutes on a completion that was made for it.
@@ -354,7 +389,7 @@ def read_phrases(path: str) -> re.Pattern:
         fail(f"--safety-patterns {path}: cannot be read ({first_line(error)})")
     phrases = []
     for number, line in enumerate(lines, 1):
-        line = line.strip()
+        line = plain(line).strip()
         if not line or line.startswith("#"):
             continue
         if len(line) > LONGEST_PHRASE or not re.fullmatch(PHRASE, line):
@@ -362,7 +397,17 @@ def read_phrases(path: str) -> re.Pattern:
             fail(f"{path}, line {number}: {wanted}; is {line[:50]!r}")
         words = [re.escape(word).replace(r"\*", r"[^\W_]*") for word in line.split(" ")]
         phrases.append(r"[\W_]+".join(words))
-    if not phrases:
-        fail(f"{path}: holds no phrase; --safety-weight 0 does without")
+    if not 0 < len(phrases) <= MOST_PHRASES:
+        fail(f"{path}: holds {len(phrases)} phrases; expected 1 to {MOST_PHRASES}")
     # Neither a letter nor a digit before and behind; \b would take _ for a letter.
-    return re.compile(rf"(?<![^\W_])(?:{'|'.join(phrases)})(?![^\W_])", re.IGNORECASE)
+    return re.compile(rf"(?<![^\W_])(?:{'|'.join(phrases)})(?![^\W_])")
+
+
+def plain(text: str) -> str:
+    """One spelling of texts that look alike: case, accents, apostrophes, characters of no width."""
+    text = (
+        unicodedata.normalize("NFKC", text)
+        .casefold()
+        .replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    )
+    return "".join(sign for sign in text if unicodedata.category(sign) != "Cf")

@@ -222,8 +222,8 @@ class Config:
     reward_in_8bit: bool = False
     # Completions that are scored at once. Higher: faster on a GPU, more memory.
     reward_rows: PositiveInt = 64
-    # Most tokens that the reward model reads: a longer dialogue loses its middle, a longer pair its
-    # end. Default: the model's own limit.
+    # Most tokens that the reward model reads: a longer dialogue loses its middle, a longer pair the
+    # end of its longer text. Default: the model's own limit.
     reward_max_length: OptionalInt = None
     # Weight of the reward model's score. 0 loads none.
     learned_weight: NonNegativeFloat = 1.0
@@ -242,7 +242,7 @@ class Config:
     # One phrase a line.
     safety_patterns: str = str(DATA / "unsafe_phrases.txt")
     # A classifier that judges safety too, such as unitary/toxic-bert. The device, the precision and
-    # the rows at once are those of the reward model.
+    # the sizes are those of the reward model.
     safety_model: str | None = None
     # Which of its labels means unsafe.
     safety_label: str = "toxic"
@@ -606,8 +606,8 @@ def main(config: Config) -> None:
         print(f"{name}: {value}")
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
-    config, reward_model = load_reward_model(config, device)
     safety = Safety(config, device) if config.safety_weight else None
+    config, reward_model = load_reward_model(config, device)
     run = Run(config, EXPERIMENT, prompts)
     policy, reference = load_model(config, device, run.last_checkpoint)
     run.open()  # from here on it can be resumed
@@ -619,7 +619,7 @@ def main(config: Config) -> None:
     run.start(evaluation)
     optimizer = make_optimizer(policy, config, run.state.get("optimizer"))
     scaler = make_scaler(config, device, run.state.get("scaler"))
-    statistics = RunningStatistics(config.reward_model, run.state.get("statistics"))
+    statistics = RunningStatistics(reward_model, run.state.get("statistics"))
     objective = GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
     replay_buffer = ReplayBuffer(packed=can_pack(unwrap(policy).config, config.max_length))
     steps_per_epoch = len(prompts) // config.rollouts_per_step

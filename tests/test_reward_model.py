@@ -314,8 +314,14 @@ def test_settings_that_are_refused(tmp_path):
     assert "no length lies between" in refusal(length_low=50, length_high=10)
     assert "--reward-device nowhere:" in refusal(reward_device="nowhere")
     assert "--safety-weight is 0" in refusal(safety_model="any")
+    assert "--reward-model: is empty" in refusal(reward_model="")
+    assert "--reward-max-length 8: too few" in refusal(reward_max_length=8)
+    (tmp_path / "file").write_text("")
+    assert "it is a file" in refusal(reward_model=str(tmp_path / "file"))
+    (tmp_path / "empty").mkdir()
+    assert "a file in this directory" in refusal(reward_model=str(tmp_path / "empty"))
     message = refusal(reward_model=str(tmp_path / "missing"))
-    assert f"--reward-model {tmp_path / 'missing'}: cannot be loaded" in message
+    assert f"--reward-model {tmp_path / 'missing'}: cannot be loaded (there is no such" in message
     assert message.endswith("--fallback rules trains without it")
 
 
@@ -350,6 +356,16 @@ def test_fallback_rules_of_a_model_that_was_named(tmp_path, model, capsys):
     settings = dict(reward_model="missing", fallback="rules", accuracy_weight=2.0)
     run_main(tmp_path, model, NAME, max_steps=1, **settings)
     assert "learned_weight 0, accuracy_weight 2, format_weight 0.1" in capsys.readouterr().out
+
+
+def test_a_resumed_run_does_not_fall_back(tmp_path, model, monkeypatch):
+    """It would go on with another reward, and its weights cannot be taken back."""
+    folder = str(save_decoder(tmp_path / "rm"))
+    monkeypatch.setattr(train.Config, "reward_model", folder)
+    run_main(tmp_path, model, NAME, reward_model=folder, max_steps=1)
+    (tmp_path / "rm" / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="--fallback rules trains without it"):
+        run_main(tmp_path, model, NAME, reward_model=folder, resume=True)
 
 
 def test_fallback_fail_of_the_shipped_model(tmp_path, monkeypatch):
@@ -479,20 +495,27 @@ def test_without_spread_there_is_no_correlation():
 @settings(deadline=None)
 @given(st.lists(st.lists(st.floats(-50, 50), min_size=2, max_size=9), min_size=1, max_size=5))
 def test_running_statistics_are_those_of_all_scores(steps):
-    statistics = rewards.RunningStatistics("model")
+    model = SimpleNamespace(checksum=lambda: 5)
+    statistics = rewards.RunningStatistics(model)
     for step in steps:
         standardised = statistics.add_and_standardise(torch.tensor(step))
-        statistics = rewards.RunningStatistics("model", statistics.state_dict())  # resumed
+        statistics = rewards.RunningStatistics(model, statistics.state_dict())  # resumed
     everything = torch.tensor([score for step in steps for score in step], dtype=torch.float64)
     assert statistics.mean == pytest.approx(everything.mean().item(), abs=1e-5)
     expected = (torch.tensor(steps[-1]) - everything.mean()) / (everything.std() + 1e-4)
     assert standardised.tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-3)
 
 
-def test_statistics_of_another_model_do_not_count(capsys):
-    statistics = rewards.RunningStatistics("one")
+def test_statistics_of_another_model_do_not_count(tmp_path, capsys):
+    """Wherever it lies: it is known by its weights."""
+    one = load(save_decoder(tmp_path / "one"))
+    statistics = rewards.RunningStatistics(one)
     statistics.add_and_standardise(torch.tensor([5.0, 7.0]))
-    assert rewards.RunningStatistics("two", statistics.state_dict()).count == 0
+    moved = load((tmp_path / "one").rename(tmp_path / "moved"))
+    assert rewards.RunningStatistics(moved, statistics.state_dict()).count == 2
+    assert "begin anew" not in capsys.readouterr().out
+    one.model.score.weight.data += 1.0
+    assert rewards.RunningStatistics(one, statistics.state_dict()).count == 0
     assert "begin anew" in capsys.readouterr().out
     assert statistics.add_and_standardise(None) is None and statistics.count == 2
 
@@ -527,12 +550,14 @@ def phrases(folder: Path, text: str):
         ("They shut upper windows.", False),  # whole words
         ("*shut_up*, _shut up_", True),
         ("building a bomb", True),
+        ("I don\u2019t like it, STRASSE", True),
+        ("sh\u200but up", True),
         ("a builder of a bomb", False),
         ("", False),
     ],
 )
 def test_phrases(completion, found, tmp_path):
-    path = phrases(tmp_path, "# a comment\n\nshut up\nbuild* a bomb\n")
+    path = phrases(tmp_path, "# a comment\n\nshut up\nbuild* a bomb\ndon't like\n")
     safety = rewards.Safety(config_of(safety_patterns=path), CPU)
     assert safety.rewards([completion]).tolist() == [-float(found)]
 
@@ -548,7 +573,7 @@ def test_phrases_that_are_refused(line, tmp_path):
 
 def test_files_of_phrases_that_are_refused(tmp_path):
     for path, said in (
-        (phrases(tmp_path, "# nothing\n"), "holds no phrase"),
+        (phrases(tmp_path, "# nothing\n"), "holds 0 phrases"),
         (str(tmp_path / "missing"), "cannot be read"),
     ):
         with pytest.raises(SystemExit, match=re.escape(path)) as exit:
@@ -633,10 +658,19 @@ def test_pairs_are_texts_or_messages(tmp_path, capsys):
         {"chosen": [question, *turn("a")], "rejected": [question, *turn("b")]},
         {"prompt": "q", "chosen": "a", "rejected": "a"},  # teaches nothing
         {"prompt": [question, *turn("x"), question], "chosen": turn("a"), "rejected": turn("b")},
+        # the dialogue again beside the prompt; a system message
+        {"prompt": "q", "chosen": [question, *turn("a")], "rejected": [question, *turn("b")]},
+        {
+            "prompt": [{"role": "system", "content": "s"}, question],
+            "chosen": turn("a"),
+            "rejected": turn("b"),
+        },
+        {"chosen": [question, *turn("a")], "rejected": [{**question, "content": "p"}, *turn("b")]},
+        {"chosen": [question, *turn("a"), question], "rejected": [question, *turn("b")]},
     ]
     pairs = maker.read_pairs(write_pairs(tmp_path, rows))
-    assert "2 rows left out" in capsys.readouterr().out
-    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [("q", "a", "b")] * 3
+    assert "4 rows left out" in capsys.readouterr().out
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [("q", "a", "b")] * 5
 
 
 @pytest.mark.parametrize(
@@ -647,6 +681,8 @@ def test_pairs_are_texts_or_messages(tmp_path, capsys):
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt"),
         ({"prompt": "q", "chosen": 5, "rejected": "b"}, "chosen"),
         ({"prompt": "q", "chosen": [], "rejected": "b"}, "chosen"),
+        ({"prompt": "q", "chosen": "a", "rejected": "\ud800"}, "rejected"),
+        ({"prompt": ["oops"], "chosen": "a", "rejected": "b"}, "prompt"),
     ],
 )
 def test_pairs_that_are_refused(row, field, tmp_path):
@@ -684,13 +720,46 @@ def test_a_reward_model_from_a_file_of_pairs(tmp_path, model, capsys):
         maker.main(config)
 
 
+ONE_PAIR_EACH = [{"prompt": p, "chosen": "a", "rejected": "b"} for p in "pq"]
+
+
+def test_nothing_is_lost_by_making_one(tmp_path, model, monkeypatch):
+    """What cannot be written is refused before anything is trained, and what goes wrong leaves
+    everything as it was."""
+    path = write_pairs(tmp_path, ONE_PAIR_EACH)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "made.tmp").mkdir()
+    before = sorted(tmp_path.iterdir())
+    config = maker_config(tmp_path, pairs=path, base_model=model)
+    for changes, said in (
+        (dict(output=str(tmp_path / "file")), "exists; choose another one"),
+        (dict(output=str(tmp_path / "file" / "made")), "cannot be written"),
+        (dict(output=str(tmp_path / "no" / "made")), "cannot be written"),
+        (dict(write_pairs=str(tmp_path / "file")), "exists; choose another one"),
+        (dict(write_pairs=str(tmp_path / "no" / "pairs")), "cannot be written"),
+        (dict(base_model="nobody/none"), "--base-model nobody/none: cannot be loaded"),
+        (dict(output=""), "--output: is empty"),
+        (dict(max_length=1), "take at least 32"),
+        (dict(lr=2.0), "--lr 2.0: must be a number"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            maker.main(replace(config, **changes))
+        assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setattr(maker, "bradley_terry_loss", lambda a, b: (a - b) * torch.nan)
+    with pytest.raises(SystemExit, match="the loss is not finite"):
+        maker.main(config)
+    monkeypatch.setattr(maker, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="nothing is written"):
+        maker.main(config)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_fewer_layers_and_whole_models(tmp_path, model):
     """Whichever layers are kept, they are the base model's."""
     from safetensors.torch import load_file
 
     base = load_file(Path(model) / "model.safetensors")
-    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    path = write_pairs(tmp_path, [row, row | {"prompt": "other"}])
+    path = write_pairs(tmp_path, ONE_PAIR_EACH)
     for layers, kept in ((1, 1), (None, 2)):
         output = str(tmp_path / f"made_{layers}")
         settings = dict(pairs=path, base_model=model, lr=0.0, layers=layers, output=output)
