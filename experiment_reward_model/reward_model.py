@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
 from model import DATE, is_out_of_memory, out_of_memory_names, takes_system_message
 from run import fail, first_line, flag_of
-import transformers
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -195,9 +195,8 @@ def why_not(name: str, error: Exception) -> str:
     if Path(name).is_file():
         return "it is a file; name its directory"
     if Path(name).is_dir():
-        return (
-            f"a file in this directory is missing, damaged or of no classifier: {first_line(error)}"
-        )
+        hint = "a file in this directory is missing, damaged or of no classifier"
+        return f"{hint}: {first_line(error)}"
     return f"there is no such directory, and the hub does not give it: {first_line(error)}"
 
 
@@ -237,10 +236,8 @@ class RewardModel(Classifier):
         too_long = [i for i, row in enumerate(rows) if len(row["input_ids"]) > self.max_length]
         if too_long and not self.has_warned:
             length = len(rows[too_long[0]]["input_ids"])
-            print(
-                f"\nwarning: a dialogue of {length} tokens is cut to {self.max_length}, which the"
-            )
-            print("reward model takes; score_truncated_fraction counts such ones", flush=True)
+            what = f"an answer with its question, {length} tokens, is cut to {self.max_length}"
+            print(f"\nwarning: {what} for the reward model (metric score_truncated_fraction)")
             self.has_warned = True
         for i in too_long:
             rows[i] = self.encode(*distinct[i], cut=True)
