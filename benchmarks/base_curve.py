@@ -93,9 +93,9 @@ def summarise(seed: int, lines: list[dict]) -> dict:
     }
 
 
-def greedy_answers(model_name: str, count: int = 10) -> list[dict]:
+def greedy_answers(model_name: str, count: int = 10, experiment: Path = EXPERIMENT) -> list[dict]:
     """The policy's greedy completions of the first held-out questions."""
-    sys.path.insert(0, str(EXPERIMENT))
+    sys.path.insert(0, str(experiment))
     import train
     from model import load_model, load_tokenizer
 

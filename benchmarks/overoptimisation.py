@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from base_curve import ROOT, plt, run_once
+from base_curve import ROOT, greedy_answers, plt, run_once
 from vs_trl import describe_machine
 
 EXPERIMENT = ROOT / "experiment_reward_model"
@@ -60,9 +60,24 @@ def reward_model(pairs: int, config: Config) -> Path:
     return folder
 
 
+def name_of(pairs: int, kl_weight: float, seed: int) -> str:
+    return f"{pairs}_kl{kl_weight:g}_{seed}"
+
+
+def last_answers(found: dict, config: Config) -> dict[str, list[dict]]:
+    """Ten greedy answers at the end, for each size, without a KL penalty, by the first seed."""
+    answers = {}
+    for pairs in config.pairs:
+        key = (pairs, config.kl_weights[0], config.seeds[0])
+        folder = config.checkpoint_path / EXPERIMENT.name / name_of(*key)
+        step = f"step_{found[key][-1]['step']:06d}"
+        answers[name_of(*key)] = greedy_answers(str(folder / step), experiment=EXPERIMENT)
+    return answers
+
+
 def run(pairs: int, kl_weight: float, seed: int, config: Config) -> list[dict]:
     """Figures at each evaluation: step, gold, proxy, distance."""
-    name = f"{pairs}_kl{kl_weight:g}_{seed}"
+    name = name_of(pairs, kl_weight, seed)
     flags = ["--reward-model", str(reward_model(pairs, config)), "--seed", str(seed)]
     flags += ["--kl-weight", str(kl_weight or 1e-9), "--epochs", str(config.epochs)]
     flags += ["--eval-interval", str(EVAL_INTERVAL), "--max-eval-prompts", "256"]
@@ -109,6 +124,7 @@ def main(config: Config) -> None:
         }
         print(json.dumps(summary), flush=True)
         report["runs"].append({**summary, "figures": figures})
+    report["answers"] = last_answers(found, config)
     (config.output / "overoptimisation.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(found, config, config.output / "overoptimisation.png")
 
