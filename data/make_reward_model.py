@@ -62,8 +62,8 @@ from run import (  # noqa: E402
     check_ranges,
     fail,
     first_line,
-    flag_of,
     is_unicode,
+    refuse_empty,
 )
 
 EMBEDDED_POLICY = str(DATA / "policy_math")
@@ -338,9 +338,7 @@ def measure(model: RewardModel, pairs: list[Pair], config: Config, settings) -> 
 def check(config: Config) -> None:
     """Refuse what cannot work or would overwrite something, before anything is made."""
     check_ranges(config)
-    for name in ("pairs", "base_model", "write_pairs", "output"):
-        if getattr(config, name) == "":
-            fail(f"{flag_of(name)}: is empty")
+    refuse_empty(config, "pairs", "base_model", "write_pairs", "output")
     if config.max_length < FEWEST_TOKENS:
         fail(f"--max-length {config.max_length}: take at least {FEWEST_TOKENS}")
     is_own = Path(config.output).resolve() == Path(Config.output)
@@ -354,7 +352,6 @@ def check(config: Config) -> None:
 def writing(output: Path):
     """A directory beside `output`, which is renamed to it at the end if all went well."""
     try:
-        os.path.lexists(output)
         aside = tempfile.mkdtemp(prefix=f"{output.name}.", dir=output.parent)
     except OSError as error:
         fail(f"--output {output}: cannot be written ({error.strerror})")
@@ -380,6 +377,9 @@ def main(config: Config) -> None:
         pairs = read_pairs(config.pairs) if config.pairs else sample_pairs(config)
         training, held_out = split_by_prompt(pairs, config)
         print(f"{len(training)} of {len(pairs)} pairs to train on, {len(held_out)} held out")
+        if not config.pairs:
+            answers = f"{count_wrong_in_form(training)} of their {2 * len(training)} answers"
+            print(f"{answers} have the form and are wrong")
         if config.write_pairs:
             write_pairs(config.write_pairs, training)
         train(model, training, config, settings)
@@ -389,6 +389,15 @@ def main(config: Config) -> None:
         model.model.to(torch.bfloat16).save_pretrained(aside)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
     print(f"{output}: {size:.1f} MB")
+
+
+def count_wrong_in_form(pairs: list[Pair]) -> int:
+    """Answers from which it could be learnt that the form is not enough."""
+    count = 0
+    for pair in pairs:
+        for answer, is_right in zip((pair.chosen, pair.rejected), pair.right):
+            count += not is_right and grpo.format_reward(answer) == 1
+    return count
 
 
 def write_pairs(path: str, pairs: list[Pair]) -> None:

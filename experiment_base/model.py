@@ -5,6 +5,7 @@ reference in `load_model`.
 """
 
 import math
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -182,9 +183,17 @@ def check_model(name: str, model, missing_keys) -> None:
     if missing_keys:
         some = ", ".join(sorted(missing_keys)[:3])
         fail(f"--model-name {name}: {len(missing_keys)} weights are missing, such as {some}")
+    key = weight_that_is_not_finite(model)
+    if key:
+        fail(f"--model-name {name}: the weight {key} holds NaN or infinity")
+
+
+def weight_that_is_not_finite(model) -> str:
+    """The name of the first weight that holds NaN or infinity; "" where none does."""
     for key, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.isfinite().all():
-            fail(f"--model-name {name}: the weight {key} holds NaN or infinity")
+            return key
+    return ""
 
 
 def align_weights(model) -> None:
@@ -274,10 +283,28 @@ def fail_to_load(name: str, error: Exception):
 
 def render_prompt(tokenizer, system: str, question: str) -> str:
     """The text of a prompt as the chat template writes it, up to where the policy goes on."""
-    chat = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-    if not takes_system_message(tokenizer):
-        chat = [{"role": "user", "content": f"{system}\n\n{question}"}]
+    chat = prompt_messages(system, question, takes_system_message(tokenizer))
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **DATE)
+
+
+def prompt_messages(system: str, question: str, has_system_message: bool) -> list[dict[str, str]]:
+    """A prompt as messages. Without a system message its text stands before the question."""
+    if has_system_message:
+        return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    return [{"role": "user", "content": f"{system}\n\n{question}"}]
+
+
+def pattern_of(tokens) -> re.Pattern:
+    """Any of these texts; of two that begin alike, the longer one."""
+    longest_first = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+    return re.compile("|".join(re.escape(token) for token in longest_first) or "(?!)")
+
+
+def take_out(pattern: re.Pattern, text: str) -> str:
+    """A text without what matches, also where taking one out has joined another."""
+    while pattern.search(text):
+        text = pattern.sub("", text)
+    return text
 
 
 def takes_system_message(tokenizer) -> bool:

@@ -129,10 +129,16 @@ def check_ranges(config) -> None:
         for limits in get_args(hint)[1:]:
             if isinstance(limits, Range) and not limits.holds(value):
                 fail(f"{flag_of(name)} {value}: must be a number {limits}")
-        if value == "" and name.endswith(("_path", "_dir", "_name")):
-            fail(f"{flag_of(name)}: is empty")
+        if name.endswith(("_path", "_dir", "_name")):
+            refuse_empty(config, name)
         if isinstance(value, str) and not is_unicode(value):
             fail(f"{flag_of(name)} {value!r}: is not valid UTF-8")
+
+
+def refuse_empty(config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) == "":
+            fail(f"{flag_of(name)}: is empty")
 
 
 def check_config(config) -> None:

@@ -5,10 +5,9 @@ Plumbing, the same in every experiment that has a tool.
 
 import itertools
 import json
-import re
 
 import torch
-from model import DATE
+from model import DATE, pattern_of, take_out
 from transformers.utils import get_json_schema
 
 TOOLS = """
@@ -84,10 +83,9 @@ class Environment:
         first = self.encode("")[0]
         # Empty where the template ends a turn by plain text.
         self.end_of_turn = {first} if first in known else set()
-        special = {token.content for token in known.values() if token.content.strip()}
+        special = {token.content for token in known.values()}
         special |= {"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}
-        longest_first = sorted(special, key=len, reverse=True)
-        self.special = re.compile("|".join(re.escape(token) for token in longest_first))
+        self.special = pattern_of(special)
 
     def encode(self, result: str) -> list[int]:
         text = self.before + result + self.after
@@ -99,8 +97,7 @@ class Environment:
         Special tokens in the result would end its turn; they are taken out. A result that is too
         long is cut at its end. None where not even the note fits.
         """
-        while self.special.search(result):  # again: what is left may form another one
-            result = self.special.sub("", result)
+        result = take_out(self.special, result)
         while True:
             ids = self.encode(result + note)
             if ids[0] == last_id:

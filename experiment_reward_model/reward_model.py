@@ -15,8 +15,17 @@ from pathlib import Path
 
 import torch
 import transformers
-from model import DATE, is_out_of_memory, out_of_memory_names, takes_system_message
-from run import fail, first_line, flag_of
+from model import (
+    DATE,
+    is_out_of_memory,
+    out_of_memory_names,
+    pattern_of,
+    prompt_messages,
+    take_out,
+    takes_system_message,
+    weight_that_is_not_finite,
+)
+from run import fail, first_line, refuse_empty
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -45,9 +54,7 @@ def check_reward_config(config) -> None:
         fail("every weight is 0, so every reward is; --learned-weight 1 takes the reward model's")
     if config.accuracy_weight and not config.answer_field:
         fail("--accuracy-weight: the right answers are not known, because --answer-field is empty")
-    for name in ("reward_model", "reward_device", "safety_patterns", "safety_model"):
-        if getattr(config, name) == "":
-            fail(f"{flag_of(name)}: is empty")
+    refuse_empty(config, "reward_model", "reward_device", "safety_patterns", "safety_model")
     if config.reward_max_length and config.reward_max_length < FEWEST_TOKENS:
         wanted = f"too few for a question and its answer; take at least {FEWEST_TOKENS}"
         fail(f"--reward-max-length {config.reward_max_length}: {wanted}")
@@ -179,9 +186,9 @@ def load_classifier(name: str, config, device: torch.device):
     missing = sorted(report["missing_keys"])
     if missing:  # of a language model: the head that gives the score
         raise CannotLoad(f"is no classifier: its weight {missing[0]} is missing, so it is random")
-    for key, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
-            raise CannotLoad(f"its weight {key} holds NaN or infinity")
+    key = weight_that_is_not_finite(model)
+    if key:
+        raise CannotLoad(f"its weight {key} holds NaN or infinity")
     for name in ("score", "classifier"):
         head = getattr(model, name, None)
         if isinstance(head, torch.nn.Linear):  # in bfloat16, 20 and 20.06 would be the same score
@@ -247,8 +254,7 @@ class RewardModel(Classifier):
 
     def encode(self, question: str, answer: str, cut: bool = False) -> dict[str, list[int]]:
         """The model's inputs. cut: to at most `max_length` tokens."""
-        while self.special_tokens.search(answer):  # to take one out may join another
-            answer = self.special_tokens.sub("", answer)
+        answer = take_out(self.special_tokens, answer)
         if self.has_template:
             text = self.render(question, answer)
             # The template has written BOS already, where the model has one.
@@ -268,12 +274,9 @@ class RewardModel(Classifier):
         The answer is put in afterwards: Qwen3's template would drop what stands between one
         </think> and another, and a policy could hide anything there.
         """
-        system = [{"role": "system", "content": self.system_prompt}]
-        if not self.takes_system:
-            system = []
-            question = f"{self.system_prompt}\n\n{question}"
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": ANSWER}]
-        text = self.tokenizer.apply_chat_template([*system, *turns], tokenize=False, **DATE)
+        chat = prompt_messages(self.system_prompt, question, self.takes_system)
+        chat.append({"role": "assistant", "content": ANSWER})
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, **DATE)
         before, found, after = text.rpartition(ANSWER)
         if not found:
             raise ValueError("it drops the answer")
@@ -286,7 +289,7 @@ def special_tokens(tokenizer) -> re.Pattern:
     for token in tokenizer.added_tokens_decoder.values():
         if token.special:
             tokens.add(token.content)
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens) if token) or "(?!)")
+    return pattern_of(tokens)
 
 
 class RunningStatistics:

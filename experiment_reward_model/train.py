@@ -348,11 +348,20 @@ def is_lenient_match(completion: str, answer: str, tolerance: float = 0.0) -> bo
     return is_same_number(last_number(completion), answer, tolerance)
 
 
+def all_completions(experiences: list[Experience]) -> list[str]:
+    completions = []
+    for experience in experiences:
+        completions += experience.completions
+    return completions
+
+
 def add_parts(experiences: list[Experience], scores: torch.Tensor | None, safety, config) -> None:
     """Give each group the parts of its reward, unweighted: name -> (group_size,).
 
     scores: (groups, group_size), standardised; None where there is no reward model.
     """
+    if safety:
+        safe = safety.rewards(all_completions(experiences)).view(len(experiences), -1)
     for number, experience in enumerate(experiences):
         accuracy = []
         form = []
@@ -371,7 +380,7 @@ def add_parts(experiences: list[Experience], scores: torch.Tensor | None, safety
         if scores is not None:
             parts["learned"] = scores[number]
         if safety:
-            parts["safety"] = safety.rewards(experience.completions)
+            parts["safety"] = safe[number]
         experience.parts = parts
 
 
@@ -535,16 +544,12 @@ def score_groups(reward_model, experiences: list[Experience]) -> torch.Tensor | 
     if not reward_model:
         return None
     questions = []
-    completions = []
     for experience in experiences:
         questions += [experience.question] * len(experience.completions)
-        completions += experience.completions
-    return reward_model.score(questions, completions).view(len(experiences), -1)
+    return reward_model.score(questions, all_completions(experiences)).view(len(experiences), -1)
 
 
-def evaluate(
-    policy, tokenizer, prompts: list[Prompt], config: Config, reward_model
-) -> dict[str, float]:
+def evaluate(policy, tokenizer, prompts, config: Config, reward_model) -> dict[str, float]:
     """Greedy figures of the held-out prompts: the true accuracy, and the mean learned score."""
     right = 0
     right_leniently = 0

@@ -41,8 +41,7 @@ DEFAULTS = dict(
     lr=1e-4,
 )
 # Processes, and whether FSDP.
-THREE = [pytest.param(3, sharded, marks=pytest.mark.long) for sharded in (False, True)]
-HOW = [(2, False), (2, True), *THREE]
+HOW = [(2, False), (3, False), (2, True), pytest.param(3, True, marks=pytest.mark.long)]
 
 
 def all_settings() -> dict[str, dict]:
