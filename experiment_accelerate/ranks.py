@@ -9,8 +9,8 @@ are held:
                     its turn
 
 A method is called a collective where every rank has to call it, or the others wait forever. Here
-these are `gather`, `all_of`, `sums_of_all`, `micro_batches`, `gather_weights`, and whatever loads
-or saves.
+these are `gather`, `all_of`, `sums_of_all`, `micro_batches`, `gather_weights`, the methods of
+`RankCompletionLog`, and whatever loads or saves.
 """
 
 import io
@@ -29,6 +29,7 @@ import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import parse_flag_from_env
+from completions import CompletionLog
 from model import halve_linear_layers, load_model, unwrap
 from replay_buffer import cut_into_micro_batches
 from run import Run, default_name, fail, first_line
@@ -440,3 +441,38 @@ class RankRun(Run):
     def close(self) -> None:
         if self.ranks.is_first:
             super().close()
+
+
+class RankCompletionLog(CompletionLog):
+    """A log of completions that rank 0 writes. All ranks forward them, each a copy.
+
+    The policy that it is given is `Ranks.wrap(policy)`.
+    """
+
+    def open(self) -> list[tuple]:
+        first = super().open() if self.run.ranks.is_first else None
+        return self.run.ranks.gather(first)[0]
+
+    @torch.no_grad()
+    def forward(self, function, *arguments):
+        self.policy.eval()
+        return self.policy(function, *arguments)
+
+    def device(self) -> torch.device:
+        ranks = self.run.ranks
+        if ranks.accelerator.device.type == "cuda":
+            return ranks.accelerator.device
+        return without_ddp(self.policy).policy.device
+
+    def trained_tokens(self, batches) -> dict[tuple, dict]:
+        own = []
+        for batch in batches:
+            own.append([micro_batch for micro_batch in batch if not micro_batch.is_filler])
+        found = {}
+        for part in self.run.ranks.gather(super().trained_tokens(own)):
+            found |= part
+        return found
+
+    def append(self, lines: list[dict]) -> None:
+        if self.run.ranks.is_first:
+            super().append(lines)

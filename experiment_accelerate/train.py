@@ -52,7 +52,7 @@ from model import (
     resolve,
     unwrap,
 )
-from ranks import RankRun, Ranks, is_rank_0, process_group, without_ddp
+from ranks import RankCompletionLog, RankRun, Ranks, is_rank_0, process_group, without_ddp
 from replay_buffer import Experience, MicroBatch, ReplayBuffer
 from run import (
     NonNegativeFloat,
@@ -101,8 +101,13 @@ class Config:
     resume: bool = False
     # Steps between evaluations. Higher: faster. 0: only before the first step and after the last.
     eval_interval: NonNegativeInt = 10
-    # Steps between completions that are printed in full. 0: none.
+    # Steps between completions that are shown: the first one is printed, and whole groups go to
+    # completions.jsonl, which tools/view.py shows. 0: none.
     log_completions_interval: NonNegativeInt = 10
+    # Groups of such a step that are written. Higher: more to look at, larger files.
+    log_groups: NonNegativeInt = 2
+    # Of each of their tokens, the likeliest ones at its place that are written. Takes time.
+    log_alternatives: NonNegativeInt = 0
     # A small run to see that all works: at most 100 prompts and 100 steps, a checkpoint every 50.
     test: bool = False
 
@@ -489,8 +494,8 @@ def main(config: Config) -> None:
     ranks.load_optimizer_state(model, optimizer, run.state.pop("optimizer", None))
     scaler = make_scaler(config, device, run.state.get("scaler"))
     objective = GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
-    packed = can_pack(unwrap(policy).config, config.max_length)
-    replay_buffer = ReplayBuffer(packed, ranks)
+    replay_buffer = ReplayBuffer(can_pack(unwrap(policy).config, config.max_length), ranks)
+    completion_log = RankCompletionLog(run, model, sequences_log_probs, replay_buffer, tokenizer)
     steps_per_epoch = len(prompts) // config.rollouts_per_step
     last_step = config.epochs * steps_per_epoch
     if config.max_steps is not None:
@@ -509,8 +514,7 @@ def main(config: Config) -> None:
             experience.reward_parts = reward(experience, config)
             experience.rewards = sum(experience.reward_parts.values())  # (group_size,)
             experience.advantages = group_advantages(experience.rewards)  # (group_size,)
-        # From here on every rank knows the whole step, as one process would: token weights and
-        # figures are those of all completions.
+        # From here on every rank knows the whole step: weights and figures are those of all of it.
         experiences = ranks.all_of(own)
         sampling_end = time.time()
         run.watch(step, experiences, tokenizer)  # warns where no group has spread
@@ -518,6 +522,7 @@ def main(config: Config) -> None:
         # 3. Cut the groups into batches, of which each rank forwards a share of the rows; add the
         #    old policy's and the reference's log-probs.
         replay_buffer.extend(experiences)
+        completion_log.choose(step)  # every ten steps, two groups
         generator = make_generator("cpu", config.seed, "batches", step)
         batches = []
         for batch in replay_buffer.batches(config, generator):
@@ -558,8 +563,9 @@ def main(config: Config) -> None:
         if is_last or is_due(step, config.eval_interval):
             metrics |= evaluate(sampler, tokenizer, eval_prompts, config, ranks)
         shown = None
-        if is_due(step, config.log_completions_interval):
+        if completion_log.is_due(step):
             shown = show_completion(experiences[0], tokenizer)
+            completion_log.write(step, batches)
         run.log(step, metrics, shown)
         if is_last or run.stop_requested or is_due(step, config.checkpoint_interval):
             state = {"optimizer": ranks.optimizer_state(model, optimizer)}

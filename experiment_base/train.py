@@ -37,6 +37,7 @@ from typing import Literal
 
 import torch
 import tyro
+from completions import CompletionLog
 from data import (
     characters_of,
     choose_rows,
@@ -113,8 +114,13 @@ class Config:
     resume: bool = False
     # Steps between evaluations. Higher: faster. 0: only before the first step and after the last.
     eval_interval: NonNegativeInt = 10
-    # Steps between completions that are printed in full. 0: none.
+    # Steps between completions that are shown: the first one is printed, and whole groups go to
+    # completions.jsonl, which tools/view.py shows. 0: none.
     log_completions_interval: NonNegativeInt = 10
+    # Groups of such a step that are written. Higher: more to look at, larger files.
+    log_groups: NonNegativeInt = 2
+    # Of each of their tokens, the likeliest ones at its place that are written. Takes time.
+    log_alternatives: NonNegativeInt = 0
     # A small run to see that all works: at most 100 prompts and 100 steps, a checkpoint every 50.
     test: bool = False
 
@@ -484,6 +490,7 @@ def main(config: Config) -> None:
     scaler = make_scaler(config, device, run.state.get("scaler"))
     objective = GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
     replay_buffer = ReplayBuffer(packed=can_pack(unwrap(policy).config, config.max_length))
+    completion_log = CompletionLog(run, policy, sequences_log_probs, replay_buffer, tokenizer)
     steps_per_epoch = len(prompts) // config.rollouts_per_step
     last_step = config.epochs * steps_per_epoch
     if config.max_steps is not None:
@@ -506,6 +513,7 @@ def main(config: Config) -> None:
 
         # 3. Cut the groups into batches; add the old policy's and the reference's log-probs.
         replay_buffer.extend(experiences)
+        completion_log.choose(step)  # every ten steps, two groups
         generator = make_generator("cpu", config.seed, "batches", step)
         batches = []
         for batch in replay_buffer.batches(config, generator):
@@ -541,8 +549,9 @@ def main(config: Config) -> None:
         if is_last or is_due(step, config.eval_interval):
             metrics |= evaluate(policy, tokenizer, eval_prompts, config)
         shown = None
-        if is_due(step, config.log_completions_interval):
+        if completion_log.is_due(step):
             shown = show_completion(experiences[0], tokenizer)
+            completion_log.write(step, batches)
         run.log(step, metrics, shown)
         if is_last or run.stop_requested or is_due(step, config.checkpoint_interval):
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}

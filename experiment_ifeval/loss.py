@@ -134,7 +134,7 @@ class GRPOLoss(nn.Module):
 
     @torch.no_grad()
     def remember(self, loss, ratio, clipped, kl, micro_batch) -> None:
-        """Note what the log needs: sums over tokens, and the largest gap."""
+        """Note what the logs need: sums over tokens for metrics.jsonl, and every token."""
         gap = (micro_batch.old_log_probs - micro_batch.sampled_log_probs).abs()
         sums = {
             "loss": loss.detach(),
@@ -147,6 +147,15 @@ class GRPOLoss(nn.Module):
         if kl is not None:
             sums["kl"] = kl.detach().sum()
         self.token_sums.append(sums)
+        # The clipped objective's gradient with respect to each token's log-prob, sign turned: how
+        # hard the advantage pushes the token up. The clip left nothing where it is 0.
+        push = micro_batch.weights * micro_batch.advantages * ratio
+        micro_batch.seen = {
+            "ratio": ratio.detach(),
+            "clipped": clipped,
+            "kl": None if kl is None else kl.detach(),
+            "push": push.masked_fill(clipped, 0),
+        }
 
 
 def loss_metrics(

@@ -60,6 +60,8 @@ HARMLESS = (
     "checkpoint_interval",
     "eval_interval",
     "log_completions_interval",
+    "log_groups",
+    "log_alternatives",
     "max_eval_prompts",
     "data_path",  # the prompts in it are compared
     "eval_data_path",

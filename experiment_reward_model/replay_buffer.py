@@ -102,8 +102,10 @@ class MicroBatch:
     advantages: Tensor  # (sampled,)
     weights: Tensor  # (sampled,)
     packed: bool  # whether rows may hold several completions
+    origins: list[tuple[Experience, int]]  # of each completion: its group, its number there
     old_log_probs: Tensor | None = None  # (sampled,)
     reference_log_probs: Tensor | None = None  # (sampled,)
+    seen: dict[str, Tensor] | None = None  # by the loss, (sampled,) each: for completions.jsonl
 
     def to(self, device) -> "MicroBatch":
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -226,6 +228,7 @@ def join_experience_batch(rows: list[PrefixTree], packed: bool) -> MicroBatch:
     position_ids = torch.zeros(len(rows), width, dtype=torch.long)
     members = torch.zeros(len(rows), width, group_size)
     parts = []  # of each completion, its sampled tokens
+    origins = []
     for i, row in enumerate(rows):
         prompt_length = len(row.experience.prompt_ids)
         input_ids[i, : len(row.ids)] = torch.tensor(row.ids)
@@ -235,8 +238,10 @@ def join_experience_batch(rows: list[PrefixTree], packed: bool) -> MicroBatch:
             position_ids[i, path] = prompt_length - 1 + torch.arange(len(path))
             members[i, path, number] = 1
             parts.append(sampled_tokens(row, number, len(parts), first_index=i * width))
+            origins.append((row.experience, number))
     tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return MicroBatch(input_ids, position_ids, members, packed=packed, **tokens)
+    shape = {"packed": packed, "origins": origins}
+    return MicroBatch(input_ids, position_ids, members, **shape, **tokens)
 
 
 def sampled_tokens(row: PrefixTree, number: int, completion: int, first_index: int) -> dict:

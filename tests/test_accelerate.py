@@ -155,7 +155,9 @@ def test_every_number_of_processes_has_the_gradient_of_one(processes, sharded, n
 def test_whole_runs_train_alike_on_the_same_completions(tmp_path):
     """`main`, with completions that depend on the prompt alone and not on who samples."""
     flags = ("--run-name", "run", "--rollouts-per-step", "6", "--max-steps", "2")
+    flags += ("--log-completions-interval", "1", "--log-alternatives", "2")
     expected = None
+    completions = None
     for processes, sharded in ((1, False), (2, False), (2, True)):
         folder = tmp_path / f"{processes}_{sharded}"
         finish(launch(folder, processes, *flags, sharded=sharded, script=MADE_UP))
@@ -163,6 +165,25 @@ def test_whole_runs_train_alike_on_the_same_completions(tmp_path):
         expected = expected or found
         for name, weight in found.items():
             torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
+        found = (folder / "runs" / "run" / "completions.jsonl").read_text().splitlines()
+        completions = completions or found
+        assert len(found) == 6  # two groups in each step, and the first two again
+        for line, expected_line in zip(found, completions):
+            assert_alike(json.loads(line), json.loads(expected_line))
+
+
+def assert_alike(found, expected) -> None:
+    """Two contents of JSON, equal but for rounding."""
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            assert_alike(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    else:
+        assert found == expected
 
 
 FLAGS = (

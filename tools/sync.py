@@ -4,7 +4,7 @@
     python tools/sync.py --check    # copy nothing; say what differs, and exit with 1 if anything
 
 Plumbing is what an experiment uses as it is: sampling.py, kv_cache.py, captured.py, model.py,
-flex.py, run.py and data.py belong to experiment_base, calls.py to
+flex.py, completions.py, run.py and data.py belong to experiment_base, calls.py to
 experiment_multiturn_tool_calling, ranks.py to experiment_accelerate. Change the owner's file, then
 run this. Lesson files (train.py, loss.py, replay_buffer.py) are never touched: they may diverge.
 
@@ -25,6 +25,7 @@ OWNERS = {  # a file stands before those that it imports
     "kv_cache.py": "experiment_base",
     "model.py": "experiment_base",
     "flex.py": "experiment_base",
+    "completions.py": "experiment_base",
     "run.py": "experiment_base",
     "data.py": "experiment_base",
     "calls.py": "experiment_multiturn_tool_calling",

@@ -1,0 +1,375 @@
+"""completions.jsonl: a few groups of some steps, token by token. Plumbing; tools/view.py shows it.
+
+Steps 1, 10, 20 ... (`log_completions_interval`) have `log_groups` lines of this kind each, with the
+step's first groups; those with spread come first, as nothing is learnt from the others:
+
+    step                  the step that sampled this group and trained on it
+    group                 its number in the step, from 0
+    prompt, answer        texts: what the policy was given, and the right answer
+    rewards, advantages   a number for each completion of the group, as the next two
+    reward_parts          name -> numbers, whose sum is the reward
+    truncated             1 where the token budget ended the completion
+    completions           one of these for each completion, with a list entry for each token:
+
+        text                  the whole text
+        ids, tokens           the tokens' ids and texts
+        mask                  1 = in the loss; 0: given, as a tool's result: null in what follows
+        sampled_log_probs     when it was sampled
+        new_log_probs         after all updates of the step
+        old_log_probs         before the first of them, as the loss had it
+        reference_log_probs   of the policy that training began with
+        weight                in the loss (`token_weights` in loss.py)
+        ratio, clipped, kl    as the loss saw them, the last time where it saw the group repeatedly
+        push                  weight x advantage x ratio, and 0 where clipped: the gradient that
+                              pushes the token's log-prob up, but for the KL term
+        alternatives          with `log_alternatives`: the likeliest tokens at that place, each as
+                              [id, text, log-prob when it was sampled, log-prob after the updates]
+
+Without training on a completion there is nothing from old_log_probs to push, and with kl_weight 0
+neither reference_log_probs nor kl.
+
+The groups of the first such step are scored again at the later ones. Their lines are short:
+
+    step                  after the updates of which they were scored
+    sampled_step, group   say which group it is
+    log_probs             a list for each completion, with a number for each token
+
+Numbers have five digits. A file of ROTATE_BYTES is renamed to completions.1.jsonl, the next to
+completions.2.jsonl, and so on; none is deleted.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from model import autocast, unwrap
+from replay_buffer import Experience, cut_into_micro_batches, packed_rows, single_rows
+from run import is_due, step_of
+
+ROTATE_BYTES = 64 * 2**20
+
+
+def completion_files(log_dir: Path) -> list[Path]:
+    """Those of a run, oldest first."""
+    numbered = [path for path in log_dir.glob("completions.*.jsonl") if number_of(path) > 0]
+    current = log_dir / "completions.jsonl"
+    return sorted(numbered, key=number_of) + ([current] if current.is_file() else [])
+
+
+def number_of(path: Path) -> int:
+    """3 of completions.3.jsonl; 0 of another name."""
+    number = path.name.split(".")[1]
+    return int(number) if number.isdecimal() else 0
+
+
+class CompletionLog:
+    """Chooses groups of a step before its updates, and writes them after these."""
+
+    def __init__(self, run, policy, sequences_log_probs, replay_buffer, tokenizer) -> None:
+        """sequences_log_probs: the function of train.py. replay_buffer: holds a step's groups."""
+        self.run = run
+        self.policy = policy
+        self.sequences_log_probs = sequences_log_probs
+        self.replay_buffer = replay_buffer
+        self.tokenizer = tokenizer
+        self.config = run.settings
+        self.texts = {}  # of tokens, by id
+        self.chosen = []  # (number, Experience) of the present step
+        self.alternatives = []  # what `likeliest_tokens` gave for each completion of these
+        self.first = self.open()  # (step, number, group) of the first chosen ones
+
+    def is_due(self, step: int) -> bool:
+        """Whether completions of this step are shown: of the first one, and every few steps."""
+        interval = self.config.log_completions_interval
+        return is_due(step, interval) or (step == 1 and interval > 0)
+
+    def open(self) -> list[tuple]:
+        """Make a resumed run's files end with its step. Returns the first groups in them."""
+        with self.run.writing("completions.jsonl"):
+            cut_completions(self.run.log_dir, self.run.state["step"])
+            return first_groups(self.run.log_dir)
+        return []
+
+    # ------------------------------------------------------------ before and after the updates
+    def choose(self, step: int) -> None:
+        """Choose the groups to write, of those that are about to be trained on."""
+        self.chosen = []
+        self.alternatives = []
+        if not self.is_due(step):
+            return
+        groups = list(enumerate(self.replay_buffer.experiences))
+        groups.sort(key=lambda group: not group[1].advantages.any())  # those with spread first
+        self.chosen = groups[: self.config.log_groups]
+        if self.config.log_alternatives:
+            for _, experience in self.chosen:
+                self.alternatives.append(self.likeliest_tokens(experience))
+
+    def write(self, step: int, batches) -> None:
+        """Write the chosen groups. batches: the step's, after the last update."""
+        if not self.chosen:
+            return
+        trained = self.trained_tokens(batches)
+        groups = [experience for _, experience in self.chosen]
+        scores = self.score(groups + [experience for _, _, experience in self.first])
+        lines = []
+        for i, (number, experience) in enumerate(self.chosen):
+            line = {"step": step, "group": number, **self.describe(experience)}
+            for j, completion in enumerate(line["completions"]):
+                completion["new_log_probs"] = scores[i][j]
+                completion |= trained.get((number, j), {})
+                if self.alternatives:
+                    completion["alternatives"] = self.scored_again(
+                        experience, j, self.alternatives[i][j]
+                    )
+            lines.append(line)
+        for (sampled_step, number, _), log_probs in zip(self.first, scores[len(groups) :]):
+            line = {"step": step, "sampled_step": sampled_step, "group": number}
+            lines.append({**line, "log_probs": log_probs})
+        if not self.first:
+            self.first = [(step, number, experience) for number, experience in self.chosen]
+        self.append(lines)
+
+    def append(self, lines: list[dict]) -> None:
+        path = self.run.log_dir / "completions.jsonl"
+        with self.run.writing("completions.jsonl"):
+            with open(path, "a") as file:
+                for line in lines:
+                    file.write(json.dumps(line) + "\n")
+            if path.stat().st_size >= ROTATE_BYTES:
+                numbers = [number_of(other) for other in completion_files(path.parent)]
+                path.rename(path.with_name(f"completions.{max(numbers) + 1}.jsonl"))
+
+    def describe(self, experience: Experience) -> dict:
+        """What is written of a group, but for what training says of it."""
+        completions = []
+        for i, text in enumerate(experience.completions):
+            ids = experience.completion_ids[i].tolist()
+            mask = experience.completion_masks[i]
+            completion = {
+                "text": text,
+                "ids": ids,
+                "tokens": [self.text_of_token(id_) for id_ in ids],
+                "mask": mask.tolist(),
+                "sampled_log_probs": spread(experience.sampled_log_probs[i][mask.bool()], mask),
+            }
+            completions.append(completion)
+        parts = experience.reward_parts
+        return {
+            "prompt": self.tokenizer.decode(experience.prompt_ids),
+            "answer": "" if experience.answer is None else str(experience.answer),
+            "rewards": rounded(experience.rewards),
+            "advantages": rounded(experience.advantages),
+            "reward_parts": {name: rounded(part) for name, part in parts.items()},
+            "truncated": experience.truncated.tolist(),
+            "prompt_ids": experience.prompt_ids.tolist(),
+            "completions": completions,
+        }
+
+    def text_of_token(self, id_: int) -> str:
+        """A token's text by itself; a part of a character is a replacement character."""
+        if id_ not in self.texts:
+            text = self.tokenizer.decode([id_])
+            token = self.tokenizer.convert_ids_to_tokens(id_) or ""
+            if token.startswith("\u2581") and not text.startswith(" "):
+                text = " " + text  # decode strips the space in front of a text
+            self.texts[id_] = text
+        return self.texts[id_]
+
+    def trained_tokens(self, batches) -> dict[tuple[int, int], dict]:
+        """What the loss saw of the chosen groups: (group's number, completion) -> name -> list."""
+        groups = [experience for _, experience in self.chosen]
+        found = {}
+        for micro_batch in [part for batch in batches for part in batch]:
+            columns = {
+                "old_log_probs": micro_batch.old_log_probs,
+                "reference_log_probs": micro_batch.reference_log_probs,
+                "weight": micro_batch.weights,
+                **micro_batch.seen,
+            }
+            for experience, i, places in by_completion(micro_batch):
+                group = index_of(experience, groups)
+                if group is None:
+                    continue
+                lists = found.setdefault((self.chosen[group][0], i), {})
+                for name, values in columns.items():
+                    if values is not None:
+                        lists[name] = spread(values[places], experience.completion_masks[i])
+        return found
+
+    # ------------------------------------------------------------ the policy as it is now
+    @torch.no_grad()
+    def forward(self, function, *arguments):
+        """function(policy, ...), where nothing is trained."""
+        self.policy.eval()
+        return function(self.policy, *arguments)
+
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    def score(self, groups: list[Experience]) -> list[list[list]]:
+        """Log-probs under the policy as it is now: group -> completion -> token."""
+        scores = []
+        rows = []
+        for experience in groups:
+            scores.append([spread([], 0 * mask) for mask in experience.completion_masks])
+            weights = [mask.float() for mask in experience.completion_masks]
+            if self.replay_buffer.packed:
+                rows += packed_rows(experience, weights, self.config.micro_batch_tokens)
+            else:
+                rows += single_rows(experience, weights)
+        packing = (self.config.micro_batch_tokens, self.replay_buffer.packed)
+        for micro_batch in cut_into_micro_batches(rows, *packing):
+            arguments = (micro_batch.to(self.device()), self.config)
+            log_probs = self.forward(self.sequences_log_probs, *arguments)
+            for experience, i, places in by_completion(micro_batch):
+                group = index_of(experience, groups)
+                scores[group][i] = spread(log_probs[places], experience.completion_masks[i])
+        return scores
+
+    def likeliest_tokens(self, experience: Experience) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each completion (ids, log-probs) of the likeliest tokens, (tokens, count) each."""
+        found = []
+        for ids in experience.completion_ids:
+            arguments = (experience.prompt_ids, ids, self.config.log_alternatives, self.config)
+            found.append(self.forward(likeliest, *arguments))
+        return found
+
+    def scored_again(self, experience: Experience, completion: int, found) -> list[list | None]:
+        """What `alternatives` holds of a completion. found: its part of `likeliest_tokens`."""
+        ids, before = found
+        sampled = experience.completion_ids[completion]
+        after = self.forward(log_probs_of, experience.prompt_ids, sampled, ids, self.config)
+        columns = (ids.tolist(), before.tolist(), after.tolist())
+        places = []
+        for token_ids, then, now in zip(*columns):
+            texts = [self.text_of_token(id_) for id_ in token_ids]
+            places.append([list(x) for x in zip(token_ids, texts, rounded(then), rounded(now))])
+        mask = experience.completion_masks[completion].tolist()
+        return [place if is_sampled else None for place, is_sampled in zip(places, mask)]
+
+
+# ---------------------------------------------------------------- every token of the vocabulary
+def predictions(policy, prompt_ids, completion_ids, config):
+    """Log-probs of all tokens at each place of a completion: some places at a time.
+
+    Yields (places, vocabulary). The four lines of `sequences_log_probs`'s docstring, in chunks.
+    """
+    base = unwrap(policy)
+    device = base.get_input_embeddings().weight.device
+    input_ids = torch.cat([prompt_ids, completion_ids])[None].to(device)
+    text_config = base.config.get_text_config()
+    cap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
+    with autocast(config, device):
+        hidden = base.get_decoder()(input_ids, use_cache=False).last_hidden_state[0]
+        hidden = hidden[len(prompt_ids) - 1 : -1]  # each predicts the token after it
+        for states in hidden.split(max(1, 2**26 // text_config.vocab_size)):
+            logits = base.get_output_embeddings()(states).float()
+            if cap:
+                logits = cap * torch.tanh(logits / cap)
+            yield (logits / config.temperature).log_softmax(-1)
+
+
+def likeliest(policy, prompt_ids, completion_ids, count: int, config):
+    """(ids, log-probs) of the likeliest tokens at each place of a completion, (tokens, count)."""
+    ids = []
+    values = []
+    for log_probs in predictions(policy, prompt_ids, completion_ids, config):
+        top = log_probs.topk(min(count, log_probs.shape[-1]))
+        ids.append(top.indices.cpu())
+        values.append(top.values.cpu())
+    return torch.cat(ids), torch.cat(values)
+
+
+def log_probs_of(policy, prompt_ids, completion_ids, ids, config) -> torch.Tensor:
+    """Log-probs of the tokens `ids` at each place of a completion. (tokens, count), as `ids`."""
+    values = []
+    first = 0
+    for log_probs in predictions(policy, prompt_ids, completion_ids, config):
+        of_places = ids[first : first + len(log_probs)].to(log_probs.device)
+        values.append(log_probs.gather(1, of_places).cpu())
+        first += len(log_probs)
+    return torch.cat(values)
+
+
+# ---------------------------------------------------------------- from tensors to lists
+def rounded(values) -> list:
+    """Numbers of five digits; None for what is not finite."""
+    if isinstance(values, torch.Tensor):
+        values = values.tolist()
+    return [float(f"{x:.5g}") if math.isfinite(x) else None for x in values]
+
+
+def spread(values, mask) -> list:
+    """The values of a completion's sampled tokens as a list over all its tokens, else None."""
+    found = [None] * len(mask)
+    for place, value in zip(mask.nonzero().flatten().tolist(), rounded(values)):
+        found[place] = value
+    return found
+
+
+def index_of(experience: Experience, groups: list[Experience]) -> int | None:
+    for i, group in enumerate(groups):
+        if group is experience:  # == would compare tensors
+            return i
+    return None
+
+
+def by_completion(micro_batch):
+    """Yields (group, number in it, (sampled,) bool) for each completion of a micro-batch."""
+    for number, (experience, i) in enumerate(micro_batch.origins):
+        yield experience, i, micro_batch.completion == number
+
+
+# ---------------------------------------------------------------- a resumed run
+def cut_completions(log_dir: Path, step: int) -> None:
+    """Drop the lines of later steps, which are done again, and one that is half written.
+
+    Older files are looked at as long as the newer ones lose all their lines.
+    """
+    for path in reversed(completion_files(log_dir)):
+        aside = path.with_name(f"{path.name}.tmp")
+        dropped = 0
+        with open(path, errors="replace") as old, open(aside, "w") as new:
+            for line in old:
+                if 0 <= step_of(line) <= step:
+                    new.write(line)
+                else:
+                    dropped += 1
+        is_empty = aside.stat().st_size == 0
+        os.replace(aside, path)
+        if is_empty:
+            path.unlink()
+        elif not dropped:
+            return
+
+
+def first_groups(log_dir: Path) -> list[tuple[int, int, SimpleNamespace]]:
+    """(step, number, group) of the log's first step. [] where there is none that can be read."""
+    groups = []
+    for path in completion_files(log_dir)[:1]:
+        with open(path) as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    if "sampled_step" in row or (groups and row["step"] != groups[0][0]):
+                        break
+                    groups.append((row["step"], row["group"], read_group(row)))
+                except (ValueError, KeyError, TypeError):
+                    return []  # somebody has edited it
+    return groups
+
+
+def read_group(row: dict) -> SimpleNamespace:
+    """What `score` needs of an Experience."""
+    completions = row["completions"]
+    ids = [torch.tensor(completion["ids"]) for completion in completions]
+    return SimpleNamespace(
+        prompt_ids=torch.tensor(row["prompt_ids"]),
+        completion_ids=ids,
+        completion_masks=[torch.tensor(completion["mask"]) for completion in completions],
+        sampled_log_probs=[torch.zeros(len(row)) for row in ids],
+        advantages=torch.zeros(len(ids)),
+    )
