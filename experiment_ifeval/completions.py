@@ -159,7 +159,7 @@ class CompletionLog:
         parts = experience.reward_parts
         return {
             "prompt": self.tokenizer.decode(experience.prompt_ids),
-            "answer": "" if experience.answer is None else str(experience.answer),
+            "answer": answer_text(experience.answer),
             "rewards": rounded(experience.rewards),
             "advantages": rounded(experience.advantages),
             "reward_parts": {name: rounded(part) for name, part in parts.items()},
@@ -308,6 +308,13 @@ def spread(values, mask) -> list:
     for place, value in zip(mask.nonzero().flatten().tolist(), rounded(values)):
         found[place] = value
     return found
+
+
+def answer_text(answer) -> str:
+    """The right answer, or several of them; "" where there is none."""
+    if isinstance(answer, (list, tuple)):
+        return " or ".join(str(one) for one in answer)
+    return "" if answer is None else str(answer)
 
 
 def index_of(experience: Experience, groups: list[Experience]) -> int | None:

@@ -1,0 +1,234 @@
+"""Look at runs: their curves, what was sampled, and what training does to every token.
+
+    python tools/view.py runs/<run-name>                    # writes runs/<run-name>/view.html
+    python tools/view.py runs/<run-name> runs/<other>       # overlays their curves
+    python tools/view.py runs/<run-name> --serve            # follows a run that is going on
+
+The page is one file. It needs no network and no server: open it with a double click. It shows what
+metrics.jsonl and completions.jsonl hold (experiment_base/completions.py describes the latter).
+Token alternatives are there where the run had --log-alternatives 5.
+
+With --serve the page is at http://localhost:<port>, for this machine alone, and takes in new steps
+every few seconds.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import tyro
+from plot import read_metrics
+from readings import reading_of
+
+TEMPLATE = Path(__file__).with_name("view.html")
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
+# What a line of completions.jsonl must have, and a completion in it.
+FIELDS = {
+    "prompt": str,
+    "answer": str,
+    "rewards": list,
+    "advantages": list,
+    "reward_parts": dict,
+    "truncated": list,
+    "completions": list,
+}
+COMPLETION_FIELDS = {"text": str, "ids": list, "tokens": list, "mask": list}
+
+
+@dataclass
+class Options:
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # directories that hold a metrics.jsonl
+    # the page; default: view.html in the first run's directory
+    output: Path | None = None
+    serve: bool = False  # write nothing; serve the page and follow the runs
+    port: int = 8000  # of --serve
+
+
+def fail(message: str):
+    sys.exit(f"error: {message}")
+
+
+# ---------------------------------------------------------------- reading
+def completion_files(run: Path) -> list[Path]:
+    """completions.1.jsonl, completions.2.jsonl ... and completions.jsonl, oldest first."""
+    numbered = {}
+    for path in run.glob("completions.*.jsonl"):
+        number = path.name.split(".")[1]
+        if number.isdecimal():
+            numbered[int(number)] = path
+    files = [numbered[number] for number in sorted(numbered)]
+    current = run / "completions.jsonl"
+    return files + ([current] if current.is_file() else [])
+
+
+def read_completions(run: Path) -> dict[int, list[dict]]:
+    """Step -> its lines. A last line that is half written, of a run that goes on, is left out."""
+    steps = {}
+    for path in completion_files(run):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                row = read_line(line)
+                if row is not None:
+                    steps.setdefault(row["step"], []).append(row)
+                elif line.endswith("\n"):
+                    fail(f"{path}, line {number}: not a line of completions.jsonl")
+    return steps
+
+
+def read_line(line: str) -> dict | None:
+    """A line's content; None where it is none of completions.jsonl's."""
+    try:
+        row = json.loads(line)
+        is_row = type(row["step"]) is int and type(row["group"]) is int
+        if "sampled_step" in row:
+            return row if is_row and type(row["log_probs"]) is list else None
+        has_fields = all(type(row[name]) is kind for name, kind in FIELDS.items())
+        for completion in row["completions"]:
+            for name, kind in COMPLETION_FIELDS.items():
+                has_fields = has_fields and type(completion[name]) is kind
+        return row if is_row and has_fields else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+# ---------------------------------------------------------------- the page's data
+def names_of(runs: tuple[Path, ...]) -> list[str]:
+    """A name for each run: its directory's, or the whole path where two are alike."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+def data_of(runs: tuple[Path, ...]) -> dict:
+    """What the page shows. `steps` holds each step's groups packed; the page unpacks one."""
+    found = []
+    metrics = {}
+    for name, run in zip(names_of(runs), runs):
+        rows = read_metrics(run)
+        steps = read_completions(run)
+        for row in rows:
+            metrics |= dict.fromkeys(row)
+        entry = {
+            "name": name,
+            "rows": rows,
+            "groups": [summary_of(step, row) for step in sorted(steps) for row in steps[step]],
+            "steps": {step: packed(steps[step]) for step in sorted(steps)},
+        }
+        found.append(entry)
+    metrics.pop("step", None)
+    return {"runs": found, "readings": {name: reading_of(name) for name in metrics}}
+
+
+def summary_of(step: int, row: dict) -> dict:
+    """What the page knows of a group before it unpacks its step."""
+    if "sampled_step" in row:
+        return {"step": step, "group": row["group"], "sampled_step": row["sampled_step"]}
+    digest = hashlib.sha256(row["prompt"].encode(errors="surrogatepass")).hexdigest()[:16]
+    return {"step": step, "group": row["group"], "prompt": digest}
+
+
+def packed(rows: list[dict]) -> str:
+    """JSON, compressed, in base64: about a tenth of its size, and nothing a browser could run."""
+    return base64.b64encode(gzip.compress(json.dumps(rows).encode(), 6, mtime=0)).decode()
+
+
+def page_of(data: dict, followed: bool) -> str:
+    """The whole page. followed: it asks its server for new steps.
+
+    The data stands in an element that no browser runs, without a "<" in it; the policy that the
+    page begins with lets its own script run and nothing else.
+    """
+    template = TEMPLATE.read_text("utf-8")
+    script = template.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
+    policy += "; connect-src 'self'" if followed else ""
+    content = json.dumps({**data, "followed": followed}).replace("<", "\\u003c")
+    return template.replace("{{policy}}", policy).replace("{{data}}", content)
+
+
+# ---------------------------------------------------------------- serving
+def version_of(runs: tuple[Path, ...]) -> str:
+    """Changes whenever a run writes something."""
+    sizes = []
+    for run in runs:
+        for path in [run / "metrics.jsonl", *completion_files(run)]:
+            status = path.stat()
+            sizes.append((path.name, status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET / is the page, GET /data its data, once it is no longer the version that is named."""
+
+    def __init__(self, runs: tuple[Path, ...], *arguments) -> None:
+        self.runs = runs
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        host = self.headers.get("Host", "").rsplit(":", 1)[0]
+        if host not in LOCAL:  # another site whose name was pointed at this machine
+            return self.answer(403, "text/plain", "this page is for this machine alone")
+        path, _, have = self.path.partition("?have=")
+        if path == "/":
+            return self.answer(200, "text/html", page_of(data_of(self.runs), followed=True))
+        if path != "/data":
+            return self.answer(404, "text/plain", "not found")
+        version = version_of(self.runs)
+        if version == have:
+            return self.answer(204, "application/json", "")
+        content = json.dumps({**data_of(self.runs), "followed": True, "version": version})
+        return self.answer(200, "application/json", content)
+
+    def answer(self, status: int, kind: str, text: str) -> None:
+        content = text.encode(errors="replace")
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_) -> None:
+        """Requests are not worth a line."""
+
+
+def serve(options: Options) -> None:
+    try:
+        handler = partial(Handler, options.runs)
+        server = ThreadingHTTPServer(("127.0.0.1", options.port), handler)
+    except (OSError, OverflowError) as error:
+        fail(f"--port {options.port}: {error}; take another one")
+    print(f"http://localhost:{server.server_port} shows the runs; Ctrl-C ends it", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+    finally:
+        server.server_close()
+
+
+def main(options: Options) -> None:
+    if not options.runs:
+        fail("name at least one run: python tools/view.py runs/<run-name>")
+    data = data_of(options.runs)  # so that what is wrong is said at once
+    if options.serve:
+        return serve(options)
+    output = options.output or options.runs[0] / "view.html"
+    try:
+        output.write_text(page_of(data, followed=False), "utf-8")
+    except OSError as error:
+        fail(f"--output {output}: {error.strerror}")
+    size = output.stat().st_size / 2**20
+    steps = sum(len(run["steps"]) for run in data["runs"])
+    print(f"written: {output} ({size:.1f} MB, {steps} steps with completions)")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
