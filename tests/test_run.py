@@ -21,6 +21,9 @@ import transformers
 from helpers import ROOT, embedded_tokenizer, load_experiment, make_model
 from peft import PeftModel
 
+sys.path.insert(0, str(ROOT / "tools"))
+from readings import reading_of  # noqa: E402
+
 EXPERIMENTS = sorted(path.parent.name for path in ROOT.glob("experiment_*/run.py"))
 # Where samplers are other processes, test_async.py has the tests of whole runs.
 IN_ONE_PROCESS = [name for name in EXPERIMENTS if not (ROOT / name / "samplers.py").exists()]
@@ -591,8 +594,10 @@ def test_metrics_of_a_run(experiment, tmp_path, model, monkeypatch, capsys):
             and line["skipped_updates"] == 0
         )
     output = capsys.readouterr().out
-    # one whole trajectory, at step 2
-    assert output.count("advantage ") == 1 and "<|im_start|>assistant" in output
+    # whole trajectories, at steps 1 and 2
+    assert output.count("advantage ") == 2 and "<|im_start|>assistant" in output
+    names = {name for line in lines for name in line} - {"step"}
+    assert [name for name in names if not reading_of(name)] == []  # tools/view.py explains each
     gain = f"eval_accuracy {lines[0]['eval_accuracy']:.4f} -> {lines[3]['eval_accuracy']:.4f}"
     checkpoint = checkpoints(tmp_path, experiment=experiment)[3]
     assert gain in output and str(tmp_path / "runs" / "run") in output and str(checkpoint) in output

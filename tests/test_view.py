@@ -121,10 +121,11 @@ def test_what_the_page_is_given(tmp_path):
     assert found["name"] == "a" and len(found["rows"]) == 21
     assert {step: unpacked(text) for step, text in found["steps"].items()} == {
         1: lines[:1],
-        10: lines[1:],
+        10: lines[1:2],
     }
-    assert [group["step"] for group in found["groups"]] == [1, 10, 10]
-    assert found["groups"][0]["prompt"] == found["groups"][1]["prompt"]
+    assert unpacked(found["scores"]) == lines[2:]
+    assert [group["step"] for group in found["prompts"]] == [1, 10]
+    assert found["prompts"][0]["prompt"] == found["prompts"][1]["prompt"]
     assert data["readings"]["reward"].startswith("Mean reward")
     assert data["readings"]["unheard_of"] == "" and "step" not in data["readings"]
 
@@ -134,14 +135,14 @@ def test_rotated_files_are_read_in_order(tmp_path):
     (run / "completions.2.jsonl").write_text(json.dumps(group_of(9, [completion(["b"])])) + "\n")
     (run / "completions.1.jsonl").write_text(json.dumps(group_of(1, [completion(["a"])])) + "\n")
     (run / "completions.old.jsonl").write_text("nothing of ours")
-    assert list(view.read_completions(run)) == [1, 9, 10]
+    assert [row["step"] for row in view.read_completions(run)] == [1, 9, 10, 10]
 
 
 def test_a_run_that_is_still_written(tmp_path):
     run = write_run(tmp_path / "a", two_steps())
     with open(run / "completions.jsonl", "a") as file:
         file.write('{"step": 20, "group": 0, "prom')
-    assert list(view.read_completions(run)) == [1, 10]
+    assert [row["step"] for row in view.read_completions(run)] == [1, 10, 10]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -334,6 +335,21 @@ def test_a_mark_on_a_curve_opens_its_step(opened):
     page = opened(two_steps())
     page.click("#curves .card:nth-child(2) .mark:nth-of-type(3)", force=True)
     shows_step(page, 10)
+
+
+def test_many_steps(opened):
+    """They are in a list, and the rest of the page does not unpack them all."""
+    lines = []
+    for step in range(1, 61):
+        lines += [{**line, "step": step} for line in two_steps()[:1]]
+        lines += [scores_of(step, 1, 0, two_steps()[2]["log_probs"])] if step > 1 else []
+    page = opened(lines)
+    page.click("#step-buttons button[title=next]")
+    shows_step(page, 2)
+    page.select_option("#step-buttons select", "60")
+    shows_step(page, 60)
+    page.wait_for_selector("#followed .tokens")
+    assert "after step 60" in page.inner_text("#followed")
 
 
 def test_several_runs(opened):

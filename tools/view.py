@@ -67,18 +67,18 @@ def completion_files(run: Path) -> list[Path]:
     return files + ([current] if current.is_file() else [])
 
 
-def read_completions(run: Path) -> dict[int, list[dict]]:
-    """Step -> its lines. A last line that is half written, of a run that goes on, is left out."""
-    steps = {}
+def read_completions(run: Path) -> list[dict]:
+    """The lines. A last one that is half written, of a run that goes on, is left out."""
+    rows = []
     for path in completion_files(run):
         with open(path, encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 row = read_line(line)
                 if row is not None:
-                    steps.setdefault(row["step"], []).append(row)
+                    rows.append(row)
                 elif line.endswith("\n"):
                     fail(f"{path}, line {number}: not a line of completions.jsonl")
-    return steps
+    return rows
 
 
 def read_line(line: str) -> dict | None:
@@ -105,31 +105,35 @@ def names_of(runs: tuple[Path, ...]) -> list[str]:
 
 
 def data_of(runs: tuple[Path, ...]) -> dict:
-    """What the page shows. `steps` holds each step's groups packed; the page unpacks one."""
+    """What the page shows: the runs, and how to read their metrics."""
     found = []
     metrics = {}
     for name, run in zip(names_of(runs), runs):
         rows = read_metrics(run)
-        steps = read_completions(run)
         for row in rows:
             metrics |= dict.fromkeys(row)
-        entry = {
-            "name": name,
-            "rows": rows,
-            "groups": [summary_of(step, row) for step in sorted(steps) for row in steps[step]],
-            "steps": {step: packed(steps[step]) for step in sorted(steps)},
-        }
-        found.append(entry)
+        found.append({"name": name, "rows": rows, **groups_of(run)})
     metrics.pop("step", None)
     return {"runs": found, "readings": {name: reading_of(name) for name in metrics}}
 
 
-def summary_of(step: int, row: dict) -> dict:
-    """What the page knows of a group before it unpacks its step."""
-    if "sampled_step" in row:
-        return {"step": step, "group": row["group"], "sampled_step": row["sampled_step"]}
-    digest = hashlib.sha256(row["prompt"].encode(errors="surrogatepass")).hexdigest()[:16]
-    return {"step": step, "group": row["group"], "prompt": digest}
+def groups_of(run: Path) -> dict:
+    """The groups of a run: packed by step, as the page unpacks only what is looked at."""
+    steps = {}
+    scores = []  # of the first groups, at later steps
+    prompts = []  # which prompt each group had
+    for row in read_completions(run):
+        if "sampled_step" in row:
+            scores.append(row)
+            continue
+        steps.setdefault(row["step"], []).append(row)
+        digest = hashlib.sha256(row["prompt"].encode(errors="surrogatepass")).hexdigest()[:16]
+        prompts.append({"step": row["step"], "group": row["group"], "prompt": digest})
+    return {
+        "steps": {step: packed(steps[step]) for step in sorted(steps)},
+        "scores": packed(scores) if scores else None,
+        "prompts": prompts,
+    }
 
 
 def packed(rows: list[dict]) -> str:
