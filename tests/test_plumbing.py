@@ -538,7 +538,8 @@ def test_a_whole_run_that_learns_nothing_says_so(tmp_path, model, capsys, monkey
         assert "every reward_accuracy is 0, every reward_format is 0" in warning
         assert re.search(r"the token budget cut off [1-9]\d?0?% of the completions", warning)
         assert "raise --max-new-tokens" in warning
-    assert out.count("[right answer: ") == 2  # a completion with each of the first two
+    # a completion with each of the first two, and that of step 1
+    assert out.count("[right answer: ") == 3
 
 
 def test_completions_that_are_all_the_same_ask_for_a_higher_temperature():

@@ -442,7 +442,7 @@ def test_equal_rewards_without_kl_forward_nothing(tmp_path, model, base, loaded,
         base.train, "sequences_log_probs", lambda *a: forwards.append(1) or sequences_log_probs(*a)
     )
     monkeypatch.setattr(base.train, "accuracy_reward", lambda *_: 0.0)
-    run_main(tmp_path, model, kl_weight=0.0)
+    run_main(tmp_path, model, kl_weight=0.0, log_groups=0)
     assert not forwards and not moved(loaded)
     for line in metrics(tmp_path)[1:]:
         assert (
