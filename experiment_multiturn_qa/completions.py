@@ -4,7 +4,7 @@ Steps 1, 10, 20 ... (`log_completions_interval`) have `log_groups` lines of this
 step's first groups; those with spread come first, as nothing is learnt from the others:
 
     step                  the step that sampled this group and trained on it
-    group                 its number in the step, from 0
+    group, groups         its number in the step, from 0, and how many the step trained on
     prompt, answer        texts: what the policy was given, and the right answer
     rewards, advantages   a number for each completion of the group, as the next two
     reward_parts          name -> numbers, whose sum is the reward
@@ -20,8 +20,8 @@ step's first groups; those with spread come first, as nothing is learnt from the
         reference_log_probs   of the policy that training began with
         weight                in the loss (`token_weights` in loss.py)
         ratio, clipped, kl    as the loss saw them, the last time where it saw the group repeatedly
-        push                  weight x advantage x ratio, and 0 where clipped: the gradient that
-                              pushes the token's log-prob up, but for the KL term
+        push                  the gradient that pushes the token's log-prob up, but for the KL term.
+                              In GRPO weight x advantage x ratio, and 0 where clipped
         alternatives          with `log_alternatives`: the likeliest tokens at that place, each as
                               [id, text, log-prob when it was sampled, log-prob after the updates]
 
@@ -48,6 +48,7 @@ import torch
 from model import autocast, unwrap
 from replay_buffer import Experience, cut_into_micro_batches, packed_rows, single_rows
 from run import is_due, step_of
+from torch import Tensor
 
 ROTATE_BYTES = 64 * 2**20
 
@@ -78,6 +79,7 @@ class CompletionLog:
         self.config = run.settings
         self.texts = {}  # of tokens, by id
         self.chosen = []  # (number, Experience) of the present step
+        self.groups = 0  # how many it has
         self.alternatives = []  # what `likeliest_tokens` gave for each completion of these
         self.first = self.open()  # (step, number, group) of the first chosen ones
 
@@ -101,6 +103,7 @@ class CompletionLog:
         if not self.is_due(step):
             return
         groups = list(enumerate(self.replay_buffer.experiences))
+        self.groups = len(groups)
         groups.sort(key=lambda group: not group[1].advantages.any())  # those with spread first
         self.chosen = groups[: self.config.log_groups]
         if self.config.log_alternatives:
@@ -116,7 +119,8 @@ class CompletionLog:
         scores = self.score(groups + [experience for _, _, experience in self.first])
         lines = []
         for i, (number, experience) in enumerate(self.chosen):
-            line = {"step": step, "group": number, **self.describe(experience)}
+            place = {"step": step, "group": number, "groups": self.groups}
+            line = {**place, **self.describe(experience)}
             for j, completion in enumerate(line["completions"]):
                 completion["new_log_probs"] = scores[i][j]
                 completion |= trained.get((number, j), {})
@@ -229,19 +233,24 @@ class CompletionLog:
                 scores[group][i] = spread(log_probs[places], experience.completion_masks[i])
         return scores
 
-    def likeliest_tokens(self, experience: Experience) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def likeliest_tokens(self, experience: Experience) -> list[tuple[Tensor, Tensor]]:
         """For each completion (ids, log-probs) of the likeliest tokens, (tokens, count) each."""
         found = []
-        for ids in experience.completion_ids:
-            arguments = (experience.prompt_ids, ids, self.config.log_alternatives, self.config)
+        for i in range(len(experience.completions)):
+            arguments = (*self.on_device(experience, i), self.config.log_alternatives, self.config)
             found.append(self.forward(likeliest, *arguments))
         return found
+
+    def on_device(self, experience: Experience, completion: int) -> tuple[Tensor, Tensor]:
+        """(prompt_ids, completion_ids)."""
+        ids = experience.completion_ids[completion]
+        return experience.prompt_ids.to(self.device()), ids.to(self.device())
 
     def scored_again(self, experience: Experience, completion: int, found) -> list[list | None]:
         """What `alternatives` holds of a completion. found: its part of `likeliest_tokens`."""
         ids, before = found
-        sampled = experience.completion_ids[completion]
-        after = self.forward(log_probs_of, experience.prompt_ids, sampled, ids, self.config)
+        arguments = (*self.on_device(experience, completion), ids, self.config)
+        after = self.forward(log_probs_of, *arguments)
         columns = (ids.tolist(), before.tolist(), after.tolist())
         places = []
         for token_ids, then, now in zip(*columns):
@@ -258,11 +267,10 @@ def predictions(policy, prompt_ids, completion_ids, config):
     Yields (places, vocabulary). The four lines of `sequences_log_probs`'s docstring, in chunks.
     """
     base = unwrap(policy)
-    device = base.get_input_embeddings().weight.device
-    input_ids = torch.cat([prompt_ids, completion_ids])[None].to(device)
+    input_ids = torch.cat([prompt_ids, completion_ids])[None]  # (1, tokens)
     text_config = base.config.get_text_config()
     cap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
-    with autocast(config, device):
+    with autocast(config, input_ids.device):
         hidden = base.get_decoder()(input_ids, use_cache=False).last_hidden_state[0]
         hidden = hidden[len(prompt_ids) - 1 : -1]  # each predicts the token after it
         for states in hidden.split(max(1, 2**26 // text_config.vocab_size)):
@@ -283,7 +291,7 @@ def likeliest(policy, prompt_ids, completion_ids, count: int, config):
     return torch.cat(ids), torch.cat(values)
 
 
-def log_probs_of(policy, prompt_ids, completion_ids, ids, config) -> torch.Tensor:
+def log_probs_of(policy, prompt_ids, completion_ids, ids, config) -> Tensor:
     """Log-probs of the tokens `ids` at each place of a completion. (tokens, count), as `ids`."""
     values = []
     first = 0
@@ -297,7 +305,7 @@ def log_probs_of(policy, prompt_ids, completion_ids, ids, config) -> torch.Tenso
 # ---------------------------------------------------------------- from tensors to lists
 def rounded(values) -> list:
     """Numbers of five digits; None for what is not finite."""
-    if isinstance(values, torch.Tensor):
+    if isinstance(values, Tensor):
         values = values.tolist()
     return [float(f"{x:.5g}") if math.isfinite(x) else None for x in values]
 

@@ -67,7 +67,8 @@ def group_of(step: int, completions: list[dict], group: int = 0, **more) -> dict
     return {
         "step": step,
         "group": group,
-        "prompt": "What is 1 + 1?",
+        "groups": 16,
+        "prompt": "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n",
         "answer": "2",
         "rewards": [float(i) for i in range(count)],
         "advantages": [i - (count - 1) / 2 for i in range(count)],
@@ -276,10 +277,10 @@ def test_curves_tokens_and_colours(opened):
         seen.add(background(page, SECOND))
         assert page.inner_text("#legend")
     assert len(seen) >= 3  # of which those of kl and weight may be alike
-    assert "Pushed hardest in this step" in page.inner_text("#summary")
-    assert "the 2 tokens of group 0, completion 1 alike, up (push +0.3)" in page.inner_text(
-        "#summary"
-    )
+    summary = page.inner_text("#summary")
+    assert "2 tokens alike, such as 4, in group 0, completion 1, up (push +0.3)" in summary
+    assert "3 tokens alike, such as two, in group 0, completion 0, from 36.8 % to 13.5 %" in summary
+    assert "1 of the 16 groups" in page.inner_text("#which")
     page.select_option("#sort", "reward, best first")
     assert page.inner_text("#groups .card .card:nth-child(1) h3") == "Completion 1"
     given = page.locator("#groups .token.given").first
@@ -320,20 +321,31 @@ def test_the_keyboard(opened):
 
 def test_the_same_group_over_time(opened):
     page = opened(two_steps())
-    assert "Choose a later step" in page.inner_text("#followed")
-    page.click("#step-buttons button:nth-child(2)")
     page.wait_for_selector("#followed .tokens")
+    assert page.inner_text("#followed h3 >> nth=0") == "Group 0 of step 1: What is 1 + 1?"
     text = page.inner_text("#followed")
-    assert "better than their group (1): mean log-prob -2 in step 1, -0.3 after step 10" in text
-    assert "worse than their group (1): mean log-prob -3 in step 1, -4.5 after step 10" in text
-    assert "What has changed from step 1 to step 10" in page.inner_text("#compared")
+    assert "1 that were better than their group: mean log-prob -2 when sampled, -0.3 after" in text
+    assert "1 that were worse than their group: mean log-prob -3 when sampled, -4.5 after" in text
+    assert not page.is_visible("#compared")
+    page.click("#step-buttons button:nth-child(2)")
+    shows_step(page, 10)
+    compared = page.inner_text("#compared")
+    assert "What has changed from step 1 to step 10" in compared
+    assert re.search(r"reward\s+0.05\s+0.5\s+\+0.45\s+Mean reward", compared)
     page.click("#groups button >> text=1")  # the same prompt in another step
     shows_step(page, 1)
 
 
+def test_the_token_that_is_named_can_be_shown(opened):
+    page = opened(two_steps())
+    page.click("#summary button >> nth=0")
+    assert page.inner_text(".token.chosen") == "4" and page.is_visible("#tip")
+
+
 def test_a_mark_on_a_curve_opens_its_step(opened):
     page = opened(two_steps())
-    page.click("#curves .card:nth-child(2) .mark:nth-of-type(3)", force=True)
+    page.click("#curves .card:nth-child(2) .mark[data-step='10']", force=True)
+    page.wait_for_selector("#curves .mark.now[data-step='10']")
     shows_step(page, 10)
 
 

@@ -23,8 +23,8 @@ READINGS = {
     "moves away from where it began.",
     # the reward
     "reward": "Mean reward of the step's completions. Noisy: every step has other prompts.",
-    "reward_accuracy": "The part of the reward for a right answer.",
-    "reward_format": "The part for the form that was asked for. It is usually learnt first.",
+    "reward_accuracy": "The part of the reward for a right answer in the form that was asked for.",
+    "reward_format": "The part for the form that was asked for.",
     "reward_f1": "The part for words shared with a right answer.",
     "reward_overlong": "The part taken away from long completions; 0 is best.",
     "reward_learned": "The part that the reward model gives.",
