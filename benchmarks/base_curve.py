@@ -11,7 +11,6 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import tyro
-from variants import curves_of, draw_range
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+from runner import Job, finish_run, train_job  # noqa: E402
+from sweep import curves_of, draw_range  # noqa: E402
+
 EXPERIMENT = ROOT / "experiment_base"
 ACCURACIES = {  # metric -> (label, style)
     "eval_accuracy": ("held out, greedy: as it is rewarded", {"color": "C0"}),
@@ -60,18 +62,13 @@ def run_once(
 
     threads: of each of its processes; None: PyTorch's choice.
     """
-    path = config.log_dir / name / "metrics.jsonl"
-    complete = config.log_dir / f"{name}.done"
-    if not complete.exists():
-        command = [sys.executable, str(experiment / "train.py"), "--run-name", name, *flags]
-        command += ["--log-dir", str(config.log_dir)]
-        command += ["--checkpoint-path", str(config.checkpoint_path)]
-        command += ["--resume"] if path.is_file() else []
-        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        if subprocess.run(command, env=environment).returncode:
-            sys.exit(f"error: the run {name} has ended early, see above")
-        complete.touch()
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return finish_run(job_of(name, flags, config, experiment), threads)
+
+
+def job_of(name: str, flags: list[str], config, experiment: Path) -> Job:
+    """The run for tools/sweep.py, which refuses one of that name with other flags."""
+    settings = {"experiment": experiment.name, "flags": " ".join(flags)}
+    return train_job(name, experiment, flags, config.log_dir, config.checkpoint_path, settings)
 
 
 def summarise(seed: int, lines: list[dict]) -> dict:

@@ -14,15 +14,16 @@ Where the KL weight is 0, no KL would be measured. There it is 1e-9.
 Writes results/overoptimisation.json and results/overoptimisation.png.
 """
 
+import itertools
 import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from base_curve import ROOT, greedy_answers, plt, run_once
+from base_curve import ROOT, greedy_answers, job_of, plt
+from runner import Job, finish_all
 from vs_trl import describe_machine
 
 EXPERIMENT = ROOT / "experiment_reward_model"
@@ -75,14 +76,17 @@ def last_answers(found: dict, config: Config) -> dict[str, list[dict]]:
     return answers
 
 
-def run(pairs: int, kl_weight: float, seed: int, config: Config) -> list[dict]:
-    """Figures at each evaluation: step, gold, proxy, distance."""
+def job(pairs: int, kl_weight: float, seed: int, config: Config) -> Job:
     name = name_of(pairs, kl_weight, seed)
     flags = ["--reward-model", str(reward_model(pairs, config)), "--seed", str(seed)]
     flags += ["--kl-weight", str(kl_weight or 1e-9), "--epochs", str(config.epochs)]
     flags += ["--eval-interval", str(EVAL_INTERVAL), "--max-eval-prompts", "256"]
     flags += ["--checkpoint-interval", "64", "--log-completions-interval", "0"]
-    lines = run_once(name, flags, config, EXPERIMENT, threads=1)
+    return job_of(name, flags, config, EXPERIMENT)
+
+
+def figures_of(lines: list[dict]) -> list[dict]:
+    """Figures at each evaluation: step, gold, proxy, distance. lines: of metrics.jsonl."""
     figures = []
     kls = [0.0]  # of whole completions, since the last evaluation
     for line in lines:
@@ -101,16 +105,9 @@ def run(pairs: int, kl_weight: float, seed: int, config: Config) -> list[dict]:
 
 
 def main(config: Config) -> None:
-    for pairs in config.pairs:
-        reward_model(pairs, config)
-    with ThreadPoolExecutor(config.at_once) as pool:
-        runs = {}
-        for pairs in config.pairs:
-            for kl_weight in config.kl_weights:
-                for seed in config.seeds:
-                    key = (pairs, kl_weight, seed)
-                    runs[key] = pool.submit(run, *key, config)
-        found = {key: future.result() for key, future in runs.items()}
+    keys = list(itertools.product(config.pairs, config.kl_weights, config.seeds))
+    logs = finish_all([job(*key, config) for key in keys], config.at_once, threads=1)
+    found = {key: figures_of(logs[name_of(*key)]) for key in keys}
     report = {"machine": describe_machine(), "runs": []}
     for (pairs, kl_weight, seed), figures in found.items():
         peak = max(figures, key=lambda point: point["gold"])

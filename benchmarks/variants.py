@@ -17,8 +17,6 @@ import datetime
 import json
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +28,8 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 from plot import read_metrics  # noqa: E402
+from runner import Job, finish_all  # noqa: E402
+from sweep import curves_of, draw_range  # noqa: E402
 
 VARIANTS = {"experiment_base": "GRPO", "experiment_drgrpo": "Dr. GRPO", "experiment_dapo": "DAPO"}
 SETTING = dict(
@@ -69,6 +69,7 @@ class Config:
     results: Path = ROOT / "results"
     # (experiment, seed): this one run and no figures; how the command starts each
     only: tuple[str, int] | None = None
+    resume: bool = False  # that run goes on
 
 
 # ---------------------------------------------------------------- one run
@@ -139,11 +140,6 @@ def run_one(experiment: str, seed: int, config: Config) -> None:
     from model import load_model, resolve
 
     settings = settings_of(train, experiment, seed, config)
-    checkpoints = config.checkpoint_path / experiment / settings.run_name
-    resume = any(checkpoints.glob("step_*/trainer.pt"))
-    if not resume:  # what a run leaves that was stopped before its first checkpoint
-        shutil.rmtree(config.log_dir / settings.run_name, ignore_errors=True)
-        shutil.rmtree(checkpoints, ignore_errors=True)
     reference, _ = load_model(*resolve(replace(settings, kl_weight=0.0)))
     evaluate = train.evaluate
 
@@ -153,7 +149,7 @@ def run_one(experiment: str, seed: int, config: Config) -> None:
         )
 
     train.evaluate = evaluate_and_measure
-    train.main(replace(settings, resume=resume))
+    train.main(replace(settings, resume=config.resume))
 
 
 def settings_of(train, experiment: str, seed: int, config: Config):
@@ -199,20 +195,31 @@ def is_complete(lines: list[dict], config: Config) -> bool:
 
 
 # ---------------------------------------------------------------- all runs
-def curves_of(runs: dict[int, list[dict]], measure: str) -> dict:
-    """{"steps", "mean", "least", "most"} over seeds, at each evaluation;
-    None where no seed has a value."""
-    evaluated = [[line for line in lines if measure in line] for lines in runs.values()]
-    columns = [
-        [line[measure] for line in column if line[measure] is not None]
-        for column in zip(*evaluated)
-    ]
-    return {
-        "steps": [line["step"] for line in evaluated[0]],
-        "mean": [mean(column) if column else None for column in columns],
-        "least": [min(column) if column else None for column in columns],
-        "most": [max(column) if column else None for column in columns],
-    }
+def job_of(experiment: str, seed: int, config: Config) -> Job:
+    """The run for tools/sweep.py: a process of this script, which measures more than train.py."""
+    name = f"{experiment}_seed_{seed}"
+    flags = {"steps": config.steps, "lr": config.lr, "log-dir": config.log_dir}
+    flags |= {"checkpoint-path": config.checkpoint_path}
+    command = [sys.executable, __file__, "--only", experiment, str(seed)]
+    command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    settings = {"experiment": experiment, "lr": str(config.lr)}
+    checkpoints = config.checkpoint_path / experiment / name
+    return Job(name, command, config.log_dir, checkpoints, settings)
+
+
+def finish_all_seeds(config: Config) -> dict[str, dict[int, list[dict]]]:
+    """experiment -> seed -> lines of metrics.jsonl."""
+    jobs = []
+    for seed in config.seeds:
+        for experiment in VARIANTS:
+            if not is_complete(metrics_of(experiment, seed, config), config):
+                jobs.append(job_of(experiment, seed, config))
+                jobs[-1].done.unlink(missing_ok=True)  # it was finished with fewer --steps
+    finish_all(jobs)
+    runs = {}
+    for experiment in VARIANTS:
+        runs[experiment] = {seed: metrics_of(experiment, seed, config) for seed in config.seeds}
+    return runs
 
 
 def ends_of(experiment: str, runs: dict[int, list[dict]], config: Config) -> dict:
@@ -226,15 +233,6 @@ def ends_of(experiment: str, runs: dict[int, list[dict]], config: Config) -> dic
             values = [line[name] for line in lines[1:] if line.get(name) is not None]
             ends[seed][f"mean_{name}"] = mean(values) if values else None
     return ends
-
-
-def draw_range(panel, curve: dict, **style) -> None:
-    """The mean over seeds as a line, and from the least to the most as a shade."""
-    points = zip(curve["steps"], curve["mean"], curve["least"], curve["most"])
-    points = [point for point in points if point[1] is not None]
-    steps, means, least, most = zip(*points)
-    (line,) = panel.plot(steps, means, **style)
-    panel.fill_between(steps, least, most, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def draw(curves: dict[str, dict], measures: list[str], path: Path) -> None:
@@ -258,19 +256,7 @@ def main(config: Config) -> None:
     if config.only:
         run_one(*config.only, config)
         return
-    runs = {experiment: {} for experiment in VARIANTS}
-    for seed in config.seeds:
-        for experiment in VARIANTS:
-            if not is_complete(metrics_of(experiment, seed, config), config):
-                print(f"\n=== {experiment}, seed {seed}", flush=True)
-                flags = {"steps": config.steps, "lr": config.lr, "log-dir": config.log_dir}
-                flags |= {"checkpoint-path": config.checkpoint_path}
-                command = [sys.executable, __file__, "--only", experiment, str(seed)]
-                command += [
-                    str(part) for name, value in flags.items() for part in (f"--{name}", value)
-                ]
-                subprocess.run(command, check=True)
-            runs[experiment][seed] = metrics_of(experiment, seed, config)
+    runs = finish_all_seeds(config)
     sys.path.insert(0, str(ROOT / "experiment_base"))
     curves = {
         VARIANTS[experiment]: {name: curves_of(runs[experiment], name) for name in MEASURES}

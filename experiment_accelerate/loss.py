@@ -129,12 +129,14 @@ class GRPOLoss(nn.Module):
             token_loss = token_loss + self.kl_weight * kl
 
         loss = (micro_batch.weights * token_loss).sum()
-        self.remember(loss, ratio, clipped_surrogate < surrogate, kl, micro_batch)
+        clipped = clipped_surrogate < surrogate
+        self.remember(loss, ratio, clipped, kl, micro_batch)
+        micro_batch.seen = tokens_seen(ratio, clipped, kl, micro_batch)
         return loss
 
     @torch.no_grad()
     def remember(self, loss, ratio, clipped, kl, micro_batch) -> None:
-        """Note what the logs need: sums over tokens for metrics.jsonl, and every token."""
+        """Note what metrics.jsonl needs: sums over tokens, and the largest gap."""
         gap = (micro_batch.old_log_probs - micro_batch.sampled_log_probs).abs()
         sums = {
             "loss": loss.detach(),
@@ -147,15 +149,22 @@ class GRPOLoss(nn.Module):
         if kl is not None:
             sums["kl"] = kl.detach().sum()
         self.token_sums.append(sums)
-        # The clipped objective's gradient with respect to each token's log-prob, sign turned: how
-        # hard the advantage pushes the token up. The clip left nothing where it is 0.
-        push = micro_batch.weights * micro_batch.advantages * ratio
-        micro_batch.seen = {
-            "ratio": ratio.detach(),
-            "clipped": clipped,
-            "kl": None if kl is None else kl.detach(),
-            "push": push.masked_fill(clipped, 0),
-        }
+
+
+@torch.no_grad()
+def tokens_seen(ratio, clipped, kl, micro_batch) -> dict[str, Tensor | None]:
+    """What completions.jsonl tells of each token at this update, (sampled tokens,) each.
+
+    push is minus the derivative of the loss, but for its KL term, by the token's log-prob: above 0
+    the update makes the token likelier. It is 0 where the token is clipped.
+    """
+    push = micro_batch.weights * micro_batch.advantages * ratio
+    return {
+        "ratio": ratio.detach(),
+        "clipped": clipped,
+        "kl": None if kl is None else kl.detach(),
+        "push": push.masked_fill(clipped, 0),
+    }
 
 
 def loss_metrics(

@@ -101,12 +101,13 @@ class Config:
     resume: bool = False
     # Steps between evaluations. Higher: faster. 0: only before the first step and after the last.
     eval_interval: NonNegativeInt = 10
-    # Steps between completions that are shown: the first one is printed, and whole groups go to
-    # completions.jsonl, which tools/view.py shows. 0: none.
+    # Step 1 and every so many steps print a completion, and write whole groups to
+    # completions.jsonl, which tools/view.py shows. 0: never.
     log_completions_interval: NonNegativeInt = 10
-    # Groups of such a step that are written. Higher: more to look at, larger files.
+    # Groups that each of these steps writes. Higher: more to look at, larger files.
     log_groups: NonNegativeInt = 2
-    # Of each of their tokens, the likeliest ones at its place that are written. Takes time.
+    # How many of the likeliest tokens are written at each place of these completions, such as 5.
+    # Costs two more forwards of each completion.
     log_alternatives: NonNegativeInt = 0
     # A small run to see that all works: at most 100 prompts and 100 steps, a checkpoint every 50.
     test: bool = False
@@ -522,7 +523,7 @@ def main(config: Config) -> None:
         # 3. Cut the groups into batches, of which each rank forwards a share of the rows; add the
         #    old policy's and the reference's log-probs.
         replay_buffer.extend(experiences)
-        completion_log.choose(step)  # every ten steps, two groups
+        completion_log.choose(step)  # which groups go to completions.jsonl
         generator = make_generator("cpu", config.seed, "batches", step)
         batches = []
         for batch in replay_buffer.batches(config, generator):

@@ -101,11 +101,11 @@ class MicroBatch:
     advantages: Tensor  # (sampled,)
     weights: Tensor  # (sampled,)
     packed: bool  # whether rows may hold several completions
-    origins: list[tuple[Experience, int]]  # of each completion: its group, its number there
+    origins: list[tuple[Experience, int]]  # of each completion its group, and its number in it
     is_filler: bool = False  # forwarded because another rank has one more; its weights are 0
     old_log_probs: Tensor | None = None  # (sampled,)
     reference_log_probs: Tensor | None = None  # (sampled,)
-    seen: dict[str, Tensor] | None = None  # by the loss, (sampled,) each: for completions.jsonl
+    seen: dict[str, Tensor] | None = None  # what the loss tells of each token, for the log
 
     def to(self, device) -> "MicroBatch":
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -243,8 +243,7 @@ def join_experience_batch(rows: list[PrefixTree], packed: bool) -> MicroBatch:
             parts.append(sampled_tokens(row, number, len(parts), first_index=i * width))
             origins.append((row.experience, number))
     tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    shape = {"packed": packed, "origins": origins}
-    return MicroBatch(input_ids, position_ids, members, **shape, **tokens)
+    return MicroBatch(input_ids, position_ids, members, packed=packed, origins=origins, **tokens)
 
 
 def sampled_tokens(row: PrefixTree, number: int, completion: int, first_index: int) -> dict:

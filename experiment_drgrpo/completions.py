@@ -1,41 +1,45 @@
 """completions.jsonl: a few groups of some steps, token by token. Plumbing; tools/view.py shows it.
 
-Steps 1, 10, 20 ... (`log_completions_interval`) have `log_groups` lines of this kind each, with the
-step's first groups; those with spread come first, as nothing is learnt from the others:
+Steps 1, 10, 20 ... (`log_completions_interval`) have `log_groups` lines of this kind each. Of the
+step's groups those with spread come first, as nothing is learnt from the others:
 
     step                  the step that sampled this group and trained on it
-    group, groups         its number in the step, from 0, and how many the step trained on
-    prompt, answer        texts: what the policy was given, and the right answer
+    group, groups         its number in the step, from 0, and how many groups the step trained on
+    prompt, prompt_ids    what the policy was given: the text, with special tokens, and its ids
+    answer                the right answer, as text
     rewards, advantages   a number for each completion of the group, as the next two
     reward_parts          name -> numbers, whose sum is the reward
     truncated             1 where the token budget ended the completion
-    completions           one of these for each completion, with a list entry for each token:
+    completions           one of these for each completion:
 
-        text                  the whole text
-        ids, tokens           the tokens' ids and texts
-        mask                  1 = in the loss; 0: given, as a tool's result: null in what follows
-        sampled_log_probs     when it was sampled
-        new_log_probs         after all updates of the step
-        old_log_probs         before the first of them, as the loss had it
+        text                  what was rewarded: without special tokens; with tools the last turn
+        update                in which of the step's updates it was trained on, from 1
+        ids, tokens           a list with the id of each token, and one with its text
+        mask                  1: in the loss. 0: not, as a tool's result, or a completion that is
+                              left out. There the lists that follow have null
+        sampled_log_probs     of the policy that sampled the token
+        old_log_probs         of the policy before the step's updates, as the loss had it
+        new_log_probs         of the policy after all of them
         reference_log_probs   of the policy that training began with
         weight                in the loss (`token_weights` in loss.py)
-        ratio, clipped, kl    as the loss saw them, the last time where it saw the group repeatedly
-        push                  the gradient that pushes the token's log-prob up, but for the KL term.
-                              In GRPO weight x advantage x ratio, and 0 where clipped
-        alternatives          with `log_alternatives`: the likeliest tokens at that place, each as
-                              [id, text, log-prob when it was sampled, log-prob after the updates]
+        ratio, clipped, kl    in its update; with several passes over the completions, in the last
+        push                  in its update: minus the derivative of the loss, but for its KL term,
+                              by the token's log-prob (`tokens_seen` in loss.py). Above 0 the update
+                              makes the token likelier
+        alternatives          with `log_alternatives`: the likeliest tokens at this place, each as
+                              [id, text, log-prob before the updates, log-prob after them]
 
-Without training on a completion there is nothing from old_log_probs to push, and with kl_weight 0
-neither reference_log_probs nor kl.
+A completion that was not trained on has no update, old_log_probs, reference_log_probs, weight,
+ratio, clipped, kl and push. With kl_weight 0 there are no reference_log_probs and no kl.
 
 The groups of the first such step are scored again at the later ones. Their lines are short:
 
-    step                  after the updates of which they were scored
-    sampled_step, group   say which group it is
+    step                  after whose updates they were scored
+    sampled_step, group   which group it is
     log_probs             a list for each completion, with a number for each token
 
-Numbers have five digits. A file of ROTATE_BYTES is renamed to completions.1.jsonl, the next to
-completions.2.jsonl, and so on; none is deleted.
+Numbers have five significant digits. A file of ROTATE_BYTES is renamed to completions.1.jsonl, the
+next to completions.2.jsonl, and so on; none is deleted.
 """
 
 import json
@@ -90,10 +94,11 @@ class CompletionLog:
 
     def open(self) -> list[tuple]:
         """Make a resumed run's files end with its step. Returns the first groups in them."""
+        groups = []
         with self.run.writing("completions.jsonl"):
             cut_completions(self.run.log_dir, self.run.state["step"])
-            return first_groups(self.run.log_dir)
-        return []
+            groups = first_groups(self.run.log_dir)
+        return groups
 
     # ------------------------------------------------------------ before and after the updates
     def choose(self, step: int) -> None:
@@ -125,9 +130,8 @@ class CompletionLog:
                 completion["new_log_probs"] = scores[i][j]
                 completion |= trained.get((number, j), {})
                 if self.alternatives:
-                    completion["alternatives"] = self.scored_again(
-                        experience, j, self.alternatives[i][j]
-                    )
+                    likeliest = self.alternatives[i][j]
+                    completion["alternatives"] = self.alternatives_of(experience, j, *likeliest)
             lines.append(line)
         for (sampled_step, number, _), log_probs in zip(self.first, scores[len(groups) :]):
             line = {"step": step, "sampled_step": sampled_step, "group": number}
@@ -183,30 +187,26 @@ class CompletionLog:
         return self.texts[id_]
 
     def trained_tokens(self, batches) -> dict[tuple[int, int], dict]:
-        """What the loss saw of the chosen groups: (group's number, completion) -> name -> list."""
-        groups = [experience for _, experience in self.chosen]
+        """(group's number, completion) -> what training tells of a chosen group's completion."""
+        # By identity: == would compare tensors.
+        numbers = {id(experience): number for number, experience in self.chosen}
         found = {}
-        for micro_batch in [part for batch in batches for part in batch]:
-            columns = {
-                "old_log_probs": micro_batch.old_log_probs,
-                "reference_log_probs": micro_batch.reference_log_probs,
-                "weight": micro_batch.weights,
-                **micro_batch.seen,
-            }
-            for experience, i, places in by_completion(micro_batch):
-                group = index_of(experience, groups)
-                if group is None:
-                    continue
-                lists = found.setdefault((self.chosen[group][0], i), {})
-                for name, values in columns.items():
-                    if values is not None:
-                        lists[name] = spread(values[places], experience.completion_masks[i])
+        for update, batch in enumerate(batches, start=1):
+            for micro_batch in batch:
+                columns = columns_of(micro_batch)
+                for experience, i, places in by_completion(micro_batch):
+                    if id(experience) not in numbers:
+                        continue
+                    told = {"update": update}
+                    for name, values in columns.items():
+                        told[name] = spread(values[places], experience.completion_masks[i])
+                    found[numbers[id(experience)], i] = told
         return found
 
     # ------------------------------------------------------------ the policy as it is now
     @torch.no_grad()
     def forward(self, function, *arguments):
-        """function(policy, ...), where nothing is trained."""
+        """function(policy, ...), without a gradient. Where the policy is wrapped this differs."""
         self.policy.eval()
         return function(self.policy, *arguments)
 
@@ -217,8 +217,9 @@ class CompletionLog:
         """Log-probs under the policy as it is now: group -> completion -> token."""
         scores = []
         rows = []
+        places = {id(experience): i for i, experience in enumerate(groups)}
         for experience in groups:
-            scores.append([spread([], 0 * mask) for mask in experience.completion_masks])
+            scores.append([[None] * len(mask) for mask in experience.completion_masks])
             weights = [mask.float() for mask in experience.completion_masks]
             if self.replay_buffer.packed:
                 rows += packed_rows(experience, weights, self.config.micro_batch_tokens)
@@ -228,9 +229,9 @@ class CompletionLog:
         for micro_batch in cut_into_micro_batches(rows, *packing):
             arguments = (micro_batch.to(self.device()), self.config)
             log_probs = self.forward(self.sequences_log_probs, *arguments)
-            for experience, i, places in by_completion(micro_batch):
-                group = index_of(experience, groups)
-                scores[group][i] = spread(log_probs[places], experience.completion_masks[i])
+            for experience, i, tokens in by_completion(micro_batch):
+                values = spread(log_probs[tokens], experience.completion_masks[i])
+                scores[places[id(experience)]][i] = values
         return scores
 
     def likeliest_tokens(self, experience: Experience) -> list[tuple[Tensor, Tensor]]:
@@ -246,9 +247,10 @@ class CompletionLog:
         ids = experience.completion_ids[completion]
         return experience.prompt_ids.to(self.device()), ids.to(self.device())
 
-    def scored_again(self, experience: Experience, completion: int, found) -> list[list | None]:
-        """What `alternatives` holds of a completion. found: its part of `likeliest_tokens`."""
-        ids, before = found
+    def alternatives_of(
+        self, experience: Experience, completion: int, ids: Tensor, before: Tensor
+    ) -> list[list | None]:
+        """What the log holds of them. ids, before: of the completion, by `likeliest_tokens`."""
         arguments = (*self.on_device(experience, completion), ids, self.config)
         after = self.forward(log_probs_of, *arguments)
         columns = (ids.tolist(), before.tolist(), after.tolist())
@@ -257,7 +259,7 @@ class CompletionLog:
             texts = [self.text_of_token(id_) for id_ in token_ids]
             places.append([list(x) for x in zip(token_ids, texts, rounded(then), rounded(now))])
         mask = experience.completion_masks[completion].tolist()
-        return [place if is_sampled else None for place, is_sampled in zip(places, mask)]
+        return [place if in_loss else None for place, in_loss in zip(places, mask)]
 
 
 # ---------------------------------------------------------------- every token of the vocabulary
@@ -325,11 +327,15 @@ def answer_text(answer) -> str:
     return "" if answer is None else str(answer)
 
 
-def index_of(experience: Experience, groups: list[Experience]) -> int | None:
-    for i, group in enumerate(groups):
-        if group is experience:  # == would compare tensors
-            return i
-    return None
+def columns_of(micro_batch) -> dict[str, Tensor]:
+    """What the log holds of a micro-batch's tokens, (sampled,) each."""
+    columns = {
+        "old_log_probs": micro_batch.old_log_probs,
+        "reference_log_probs": micro_batch.reference_log_probs,
+        "weight": micro_batch.weights,
+        **micro_batch.seen,
+    }
+    return {name: values for name, values in columns.items() if values is not None}
 
 
 def by_completion(micro_batch):
@@ -385,6 +391,6 @@ def read_group(row: dict) -> SimpleNamespace:
         prompt_ids=torch.tensor(row["prompt_ids"]),
         completion_ids=ids,
         completion_masks=[torch.tensor(completion["mask"]) for completion in completions],
-        sampled_log_probs=[torch.zeros(len(row)) for row in ids],
+        sampled_log_probs=[torch.zeros(len(one)) for one in ids],
         advantages=torch.zeros(len(ids)),
     )

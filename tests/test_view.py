@@ -58,6 +58,7 @@ def completion(tokens: list[str], push: float = 0.1, given: tuple[int, ...] = ()
         "clipped": column(float(push > 0)),
         "kl": column(0.1),
         "push": column(push),
+        "update": 2,
         **more,
     }
 
@@ -298,7 +299,7 @@ def test_hovering_tells_the_numbers_and_the_alternatives(opened):
         assert part in tip
     assert "49.7 %" in tip and "90.5 %" in tip  # of an alternative, before and after
     page.hover("#groups .token.given")
-    assert "not trained on" in page.inner_text("#tip")
+    assert "not in the loss" in page.inner_text("#tip")
     page.hover("#curves .card:nth-child(2) svg")
     assert re.search(r"reward\s*run0 step \d+: [\d.]+", page.inner_text("#tip"))
 
@@ -460,7 +461,10 @@ def test_a_page_that_follows_a_run(opened, served):
     page = opened(run, url=url)
     assert "New steps appear by themselves" in page.inner_text("#note")
     assert page.locator("#step-buttons button").count() == 1
+    page.click("#groups summary")  # what is open stays open, and what is chosen stays chosen
+    page.click("#groups .token >> nth=0")
     with open(run / "completions.jsonl", "a") as file:
         file.write(json.dumps(two_steps()[1]) + "\n")
     page.wait_for_selector("#step-buttons button:nth-child(2)")
     assert page.inner_text("#step-title") == "Completions of step 1"
+    assert page.is_visible("#groups pre") and page.locator(".token.chosen").count() == 1

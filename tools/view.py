@@ -38,7 +38,7 @@ FIELDS = {
     "truncated": list,
     "completions": list,
 }
-COMPLETION_FIELDS = {"text": str, "ids": list, "tokens": list, "mask": list}
+COMPLETION_FIELDS = {"ids": list, "tokens": list, "mask": list}
 
 
 @dataclass
@@ -56,7 +56,10 @@ def fail(message: str):
 
 # ---------------------------------------------------------------- reading
 def completion_files(run: Path) -> list[Path]:
-    """completions.1.jsonl, completions.2.jsonl ... and completions.jsonl, oldest first."""
+    """completions.1.jsonl, completions.2.jsonl ... and completions.jsonl, oldest first.
+
+    As in completions.py of the experiments, which needs torch.
+    """
     numbered = {}
     for path in run.glob("completions.*.jsonl"):
         number = path.name.split(".")[1]
@@ -179,15 +182,15 @@ class Handler(BaseHTTPRequestHandler):
         if host not in LOCAL:  # another site whose name was pointed at this machine
             return self.answer(403, "text/plain", "this page is for this machine alone")
         path, _, have = self.path.partition("?have=")
-        if path == "/":
-            return self.answer(200, "text/html", page_of(data_of(self.runs), followed=True))
-        if path != "/data":
+        if path not in ("/", "/data"):
             return self.answer(404, "text/plain", "not found")
         version = version_of(self.runs)
-        if version == have:
+        if path == "/data" and version == have:
             return self.answer(204, "application/json", "")
-        content = json.dumps({**data_of(self.runs), "followed": True, "version": version})
-        return self.answer(200, "application/json", content)
+        data = data_of(self.runs) | {"version": version}
+        if path == "/":
+            return self.answer(200, "text/html", page_of(data, followed=True))
+        return self.answer(200, "application/json", json.dumps({**data, "followed": True}))
 
     def answer(self, status: int, kind: str, text: str) -> None:
         content = text.encode(errors="replace")
