@@ -3,14 +3,15 @@
     python benchmarks/view_speed.py             # trains what is missing first: half an hour
     python benchmarks/view_speed.py --no-cost   # the pages alone
 
-    opening     the pages of a default run of each experiment, and of a run that logged the
+    opening     the pages of a default run of each experiment (of experiment_ifeval, of nine steps of
+                which as many are logged as of the default's), and of a run that logged the
                 completions of 200 steps, in headless Chromium: from the call to the tokens on the
                 screen, the median of five. Sizes too
     cost        the default run of experiment_base with completions.jsonl and without, in pairs that
                 take turns to be first: seconds of training, evaluations left out. Beside it, the
                 share of these seconds that the log itself says it takes
 
-Writes results/view_speed.json. Needs Chromium (on Debian: apt install chromium) and
+Writes results/view_speed.json and results/view.png. Needs Chromium (on Debian: apt install chromium) and
 experiment_ifeval's model (python data/get_smollm2.py); without that its page is left out.
 """
 
@@ -30,6 +31,8 @@ from playwright.sync_api import sync_playwright
 from vs_trl import describe_machine
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# As many logged steps as the default's 32 have, in a third of its 25 minutes.
+FLAGS = {"experiment_ifeval": ["--max-steps", "9", "--log-completions-interval", "3"]}
 LONG = ["--log-completions-interval", "1", "--max-steps", "200", "--epochs", "4"]
 # Trains by main, and says how long its steps took without evaluations, and the log's part of them.
 TIMED_RUN = """
@@ -122,6 +125,19 @@ def opening(run: Path, browser, times: int) -> dict:
     return {"seconds": round(statistics.median(seconds), 3), "megabytes": round(size, 2)}
 
 
+def take_picture(run: Path, browser, path: Path) -> None:
+    """The completions of step 1, with what is said of one token."""
+    page = browser.new_page(viewport={"width": 1250, "height": 700})
+    page.goto((run / "view.html").resolve().as_uri())
+    page.wait_for_selector("#groups .token")
+    page.eval_on_selector("#step-title", "title => title.scrollIntoView()")
+    page.mouse.wheel(0, 100)
+    page.hover("#groups .card .card:nth-child(1) .token:nth-child(1)")
+    page.wait_for_timeout(300)
+    page.screenshot(path=path)
+    page.close()
+
+
 def trained_runs(config: Config) -> dict[str, Path]:
     """Name -> directory. Default runs, and one of 200 logged steps."""
     runs = {}
@@ -130,7 +146,7 @@ def trained_runs(config: Config) -> dict[str, Path]:
         if experiment.name == "experiment_ifeval" and not (ROOT / "data" / "smollm2").is_dir():
             print("experiment_ifeval is left out: python data/get_smollm2.py fetches its model")
             continue
-        run_once(experiment.name, [], config, experiment)
+        run_once(experiment.name, FLAGS.get(experiment.name, []), config, experiment)
         runs[experiment.name] = config.log_dir / experiment.name
     run_once("200_logged_steps", LONG, config, ROOT / "experiment_base")
     runs["200 logged steps"] = config.log_dir / "200_logged_steps"
@@ -142,11 +158,14 @@ def main(config: Config) -> None:
         sys.exit("error: no Chromium; on Debian: apt install chromium")
     runs = trained_runs(config)
     report = {"machine": describe_machine(), "opening": {}}
+    if config.output.is_file():
+        report |= {"cost": json.loads(config.output.read_text()).get("cost")}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         for name, run in runs.items():
             report["opening"][name] = opening(run, browser, config.opened)
             print(name, report["opening"][name], flush=True)
+        take_picture(runs["experiment_base"], browser, config.output.with_name("view.png"))
         browser.close()
     if config.cost:
         report["cost"] = cost_of_logging(config.pairs)

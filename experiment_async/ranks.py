@@ -462,7 +462,10 @@ class RankCompletionLog(CompletionLog):
         ranks = self.run.ranks
         if ranks.accelerator.device.type == "cuda":
             return ranks.accelerator.device
-        return without_ddp(self.policy).policy.device
+        return self.model().device
+
+    def model(self):
+        return without_ddp(self.policy).policy
 
     def trained_tokens(self, batches) -> dict[tuple, dict]:
         own = []

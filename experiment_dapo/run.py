@@ -288,7 +288,7 @@ def step_of(line: str) -> int:
     """The step of a line of metrics.jsonl; -1 where it is not whole."""
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else -1
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return -1
 
 

@@ -45,6 +45,7 @@ next to completions.2.jsonl, and so on; none is deleted.
 import json
 import math
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,15 +60,15 @@ ROTATE_BYTES = 64 * 2**20
 
 def completion_files(log_dir: Path) -> list[Path]:
     """Those of a run, oldest first."""
-    numbered = [path for path in log_dir.glob("completions.*.jsonl") if number_of(path) > 0]
+    numbered = [path for path in log_dir.glob("completions.*.jsonl") if number_of(path)]
     current = log_dir / "completions.jsonl"
     return sorted(numbered, key=number_of) + ([current] if current.is_file() else [])
 
 
 def number_of(path: Path) -> int:
-    """3 of completions.3.jsonl; 0 of another name."""
-    number = path.name.split(".")[1]
-    return int(number) if number.isdecimal() else 0
+    """3 of completions.3.jsonl; 0 of another name, which is no file of this log."""
+    match = re.fullmatch(r"completions\.([1-9][0-9]{0,5})\.jsonl", path.name)
+    return int(match[1]) if match else 0
 
 
 class CompletionLog:
@@ -97,8 +98,13 @@ class CompletionLog:
         groups = []
         with self.run.writing("completions.jsonl"):
             cut_completions(self.run.log_dir, self.run.state["step"])
-            groups = first_groups(self.run.log_dir)
+            vocabulary = unwrap(self.model()).config.get_text_config().vocab_size
+            groups = first_groups(self.run.log_dir, vocabulary)
         return groups
+
+    def model(self):
+        """The policy, unwrapped where something has wrapped it."""
+        return self.policy
 
     # ------------------------------------------------------------ before and after the updates
     def choose(self, step: int) -> None:
@@ -181,7 +187,8 @@ class CompletionLog:
         if id_ not in self.texts:
             text = self.tokenizer.decode([id_])
             token = self.tokenizer.convert_ids_to_tokens(id_) or ""
-            if token.startswith("\u2581") and not text.startswith(" "):
+            is_stripped = str(token).startswith("\u2581") and not text.startswith(" ")
+            if is_stripped:
                 text = " " + text  # decode strips the space in front of a text
             self.texts[id_] = text
         return self.texts[id_]
@@ -351,7 +358,7 @@ def cut_completions(log_dir: Path, step: int) -> None:
     Older files are looked at as long as the newer ones lose all their lines.
     """
     for path in reversed(completion_files(log_dir)):
-        aside = path.with_name(f"{path.name}.tmp")
+        aside = path.with_name(f"{path.name}.cutting")
         dropped = 0
         with open(path, errors="replace") as old, open(aside, "w") as new:
             for line in old:
@@ -367,30 +374,39 @@ def cut_completions(log_dir: Path, step: int) -> None:
             return
 
 
-def first_groups(log_dir: Path) -> list[tuple[int, int, SimpleNamespace]]:
+def first_groups(log_dir: Path, vocabulary: int) -> list[tuple[int, int, SimpleNamespace]]:
     """(step, number, group) of the log's first step. [] where there is none that can be read."""
     groups = []
     for path in completion_files(log_dir)[:1]:
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             for line in file:
                 try:
                     row = json.loads(line)
                     if "sampled_step" in row or (groups and row["step"] != groups[0][0]):
                         break
-                    groups.append((row["step"], row["group"], read_group(row)))
-                except (ValueError, KeyError, TypeError):
-                    return []  # somebody has edited it
+                    groups.append((row["step"], row["group"], read_group(row, vocabulary)))
+                except (ValueError, KeyError, TypeError, RuntimeError, RecursionError):
+                    print(f"warning: {path} has been changed; its first groups are not followed")
+                    return []
     return groups
 
 
-def read_group(row: dict) -> SimpleNamespace:
-    """What `score` needs of an Experience."""
+def read_group(row: dict, vocabulary: int) -> SimpleNamespace:
+    """What `score` needs of an Experience. ValueError and others where something else is there."""
     completions = row["completions"]
+    prompt_ids = torch.tensor(row["prompt_ids"])
     ids = [torch.tensor(completion["ids"]) for completion in completions]
+    masks = [torch.tensor(completion["mask"]) for completion in completions]
+    for one in [prompt_ids, *ids]:
+        is_token = one.dtype == torch.long and one.ndim == 1 and len(one)
+        if not is_token or one.min() < 0 or one.max() >= vocabulary:
+            raise ValueError("not token ids")
+    if [one.shape for one in ids] != [mask.shape for mask in masks]:
+        raise ValueError("a mask for other tokens")
     return SimpleNamespace(
-        prompt_ids=torch.tensor(row["prompt_ids"]),
+        prompt_ids=prompt_ids,
         completion_ids=ids,
-        completion_masks=[torch.tensor(completion["mask"]) for completion in completions],
+        completion_masks=masks,
         sampled_log_probs=[torch.zeros(len(one)) for one in ids],
         advantages=torch.zeros(len(ids)),
     )

@@ -319,18 +319,51 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(
 
 
 def test_files_are_read_in_order(tmp_path):
-    for number in ("1", "10", "2", "x"):
+    for number in ("1", "10", "2", "x", "1.backup", "0"):
         (tmp_path / f"completions.{number}.jsonl").touch()
     (tmp_path / "completions.jsonl").touch()
     names = [path.name.split(".")[1] for path in base.completions.completion_files(tmp_path)]
     assert names == ["1", "2", "10", "jsonl"]
 
 
-def test_a_log_that_somebody_has_edited_ends_nothing(tmp_path, model, monkeypatch):
+def test_files_of_others_stay(tmp_path):
+    """Bug: a user's copy of the log counts as a part of it, and is cut and deleted."""
+    names = ["completions.1.backup.jsonl", "completions.jsonl.tmp", "completions.old.jsonl"]
+    for name in names:
+        (tmp_path / name).write_text('{"step": 9}\n')
+    (tmp_path / "completions.jsonl").write_text('{"step": 9}\n{"step": 1e999}\n' + "[" * 10**5)
+    base.completions.cut_completions(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+EDITS = [
+    {"completions": 3},
+    {"completions": [{"ids": [10**6], "mask": [1]}]},
+    {"completions": [{"ids": [-1], "mask": [1]}]},
+    {"completions": [{"ids": [1.5], "mask": [1]}]},
+    {"completions": [{"ids": None, "mask": [1]}]},
+    {"completions": [{"ids": [1, 2], "mask": [1]}]},
+    {"completions": [{"ids": [], "mask": []}]},
+    {"prompt_ids": []},
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+def test_a_log_that_somebody_has_edited_is_not_followed(edit, tmp_path, capsys):
+    """Bug: an id outside the vocabulary ends the run in its next logged step, again and again."""
+    row = {"step": 1, "group": 0, "prompt_ids": [1], "completions": [{"ids": [1], "mask": [1]}]}
+    path = tmp_path / "completions.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert len(base.completions.first_groups(tmp_path, 400)) == 1
+    path.write_text(json.dumps(row | edit) + "\n")
+    assert base.completions.first_groups(tmp_path, 400) == []
+    assert "its first groups are not followed" in capsys.readouterr().out
+
+
+def test_a_run_whose_log_was_edited_goes_on(tmp_path, model, monkeypatch):
     run_with_spread(tmp_path, model, monkeypatch, max_steps=2)
     path = tmp_path / "runs" / "run" / "completions.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text('{"step": 1, "group": 0, "completions": 3}\n' + "".join(lines[1:]))
+    path.write_text(path.read_text().replace('"ids": [', '"ids": [1000000, '))
     run_with_spread(tmp_path, model, monkeypatch, max_steps=3, resume=True)
     assert [row["step"] for row in rows_of(tmp_path)][-2:] == [3, 3]
 

@@ -207,10 +207,10 @@ def test_booleans_and_values_that_look_like_flags(folder):
     [
         (["1e-5"], "1e-5: is no flag; flags begin with --"),
         (["--lrr", "1"], "--lrr: the experiment has no such flag"),
-        (["--lr", "x"], "--lr x: is no such value"),
-        (["--seed", "1", "1.5"], "--seed 1.5: is no such value"),
-        (["--optimizer", "sgd"], "--optimizer sgd: is no such value"),
-        (["--wandb", "maybe"], "--wandb maybe: must be True or False"),
+        (["--lr", "x"], "--lr 'x': is no such value"),
+        (["--seed", "1", "1.5"], "--seed '1.5': is no such value"),
+        (["--optimizer", "sgd"], "--optimizer 'sgd': is no such value"),
+        (["--wandb", "maybe"], "--wandb 'maybe': must be True or False"),
         (["--lr"], "--lr: needs one value or several"),
         (["--wandb", "--no-wandb"], "--wandb: needs one value or several, behind one flag"),
         (["--lr", "1", "--lr", "2"], "--lr: is given twice"),
@@ -282,9 +282,9 @@ def test_finished_is_skipped_cut_is_resumed_failed_is_reported(folder):
     flags = ("--max-steps", "2", "--fails", "True", "False", "--seed", "10", "20", "--jobs", "4")
     said = finish(folder, *flags, code=1)
     assert "fails=True,seed=10: failed: error: this run fails (see runs/exp" in said
-    assert "2 of 4 runs failed; the same command tries them again" in said
+    assert "2 of 4 runs failed; once that is mended, the same command tries them again" in said
     results, lines = table_of(folder)
-    assert lines[4:] == [
+    assert lines[6:] == [
         "| fails | seeds | final | best |",
         "|---|---|---|---|",
         "| False | 2 | 1.0150 [1.0100, 1.0200] | 1.0150 [1.0100, 1.0200] |",
@@ -304,13 +304,73 @@ def test_finished_is_skipped_cut_is_resumed_failed_is_reported(folder):
     assert "1 of 4 runs are finished" in said and "fails=False,seed=20: " not in said
     assert "fails=False,seed=10: resumes" in said and "fails=True,seed=10: starts" in said
     assert len(metrics.read_text().splitlines()) == 3
-    assert table_of(folder)[1][6].startswith("| False | 2 | 1.0150 [1.0100, 1.0200]")
+    assert table_of(folder)[1][8].startswith("| False | 2 | 1.0150 [1.0100, 1.0200]")
     assert "4 of 4 runs are finished" in finish(folder, *flags)
 
     other = ("--max-steps", "3", *flags[2:])
     said = finish(folder, *other, code=1)
-    assert "run fails=True,seed=10 in runs/experiment_scripted was made with max_steps 2" in said
+    assert "run runs/experiment_scripted/fails=True,seed=10 was made with max_steps 2" in said
     finish(folder, *flags, "--wandb")  # which decides no figure
+
+
+def test_other_settings_are_noticed_whatever_was_deleted(folder):
+    """Bug: with the list of the sweep's runs gone, old figures are shown as those of other flags,
+    or old checkpoints are trained on with them."""
+    finish(folder, "--seed", "10")
+    log_dir = folder / "runs" / "experiment_scripted"
+    (log_dir / "sweep.json").unlink()
+    said = finish(folder, "--seed", "10", "--lr", "0.25", code=1)
+    assert "was made with lr 0.5, not 0.25; choose another --sweep-name, or delete" in said
+    run = folder / "output" / "experiment_scripted" / "experiment_scripted" / "seed=10"
+    (run / "run.json").write_text('{"config": {"lr": "0.5", "seed": "10"}}')
+    for path in (log_dir / "seed=10.done", log_dir / "seed=10" / "metrics.jsonl"):
+        path.unlink()
+    assert "was made with lr 0.5" in finish(folder, "--seed", "10", "--lr", "0.25", code=1)
+    said = finish(folder, "--seed", "10")
+    assert "seed=10: resumes" in said
+
+
+@pytest.mark.parametrize(
+    "damaged, said",
+    [
+        ("sweep.json", "sweep.json: cannot be read"),
+        ("seed=10.done", "seed=10.done: cannot be read"),
+        ("seed=10/metrics.jsonl", "seed=10 has no figures; delete"),
+        ("seed=10/", "seed=10 has no figures; delete"),
+        ("table.md", "table.md exists, and is not of a sweep"),
+    ],
+)
+def test_damaged_files_are_named(folder, damaged, said):
+    finish(folder, "--seed", "10")
+    path = folder / "runs" / "experiment_scripted" / damaged
+    if damaged.endswith("/"):
+        (path / "metrics.jsonl").unlink()
+    else:
+        path.write_bytes(b"\xff[")
+    if damaged == "sweep.json":
+        (path.parent / "seed=10.done").write_text("")
+    output = finish(folder, "--seed", "10", code=1)
+    assert said in output and "Traceback" not in output
+
+
+def test_a_run_that_is_killed_says_so(folder):
+    """And not what an earlier attempt has said."""
+    finish(folder, "--fails", code=1)
+    (folder / "runs" / "experiment_scripted" / "mended").touch()
+    process = start(folder, "--fails", "--seconds", "5")
+    wait_for(lambda: steps_of(folder / "runs"))
+    for child in children_of(process):
+        if child.is_running():
+            child.kill()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "failed: error: it was killed by signal 9" in said
+
+
+def test_a_value_behind_a_flag_of_the_sweep_joins_no_other_flag(folder):
+    """Bug: `--lr 1 2 --jobs 2 3` trains with a learning rate of 3, too."""
+    said = finish(folder, "--lr", "1", "2", "--jobs", "2", "3", code=1)
+    assert "error: 3: stands behind --jobs, which takes one value" in said
+    assert "--jobs: is given twice" in finish(folder, "--jobs", "2", "--jobs=3", code=1)
 
 
 def test_a_run_killed_in_its_first_second_is_begun_anew(folder):
@@ -324,7 +384,7 @@ def test_a_run_killed_in_its_first_second_is_begun_anew(folder):
     said = finish(folder, "--seed", "20", code=1)
     assert "seed=20: holds no run that can be resumed; delete it to begin anew" in said
     assert (run.with_name("seed=20") / "notes").exists()
-    assert "seed=10: eval_accuracy 1.51 in" in finish(folder, "--seed", "10")
+    assert "seed=10: eval_accuracy 1.5100 in" in finish(folder, "--seed", "10")
 
 
 def children_of(process) -> list[psutil.Process]:
@@ -368,7 +428,7 @@ def test_a_run_that_another_process_still_trains_is_waited_for(folder):
         said = finish(folder, *flags)
         assert process.poll() == 0
     assert "seed=10: waits for a process of an earlier sweep that still trains it" in said
-    assert "seed=10: eval_accuracy 1.51 in" in said
+    assert "seed=10: eval_accuracy 1.5100 in" in said
 
 
 def test_ctrl_c_stops_the_runs_after_their_step(folder):
@@ -528,6 +588,8 @@ def test_the_table_by_hand(tmp_path):
     assert sweep.to_markdown(results) == (
         "# Sweep of experiment_x: eval_accuracy\n"
         "\n"
+        "Seeds: 1, 2.\n"
+        "\n"
         "All with --steps 3.\n"
         "\n"
         "| lr | seeds | final | best | seconds |\n"
@@ -556,7 +618,9 @@ def test_another_figure_and_one_that_no_run_has(tmp_path):
     assert results["settings"][0]["curve"]["steps"] == [5, 15]
     assert sweep.to_markdown(results).count("1.0000 [1.0000, 1.0000]") == 2
     jobs = [runner.Job("run_0", [], tmp_path, tmp_path, {})]
-    with pytest.raises(SystemExit, match="--figure kl: in none of the runs; they have elapsed_"):
+    with pytest.raises(
+        SystemExit, match="--figure kl: in none of the runs, which are kept; they have"
+    ):
         sweep.summarise("experiment_x", [{"seed": 1}], jobs, {"run_0": "done"}, "kl")
 
 
@@ -565,8 +629,8 @@ def test_a_run_that_ends_without_a_figure_is_last(tmp_path):
     runs = [({"lr": 9, "seed": 1}, [0.5, 1.0]), ({"lr": 9, "seed": 2}, [0.5, None])]
     runs += [({"lr": 10, "seed": 1}, [0.5, 0.25]), ({"lr": 10, "seed": 2}, [0.5, 0.25])]
     lines = sweep.to_markdown(results_of(tmp_path, runs)).splitlines()
-    assert lines[4].startswith("| 10 | 2 | 0.2500 [0.2500, 0.2500] | 0.5000")
-    assert lines[5] == "| 9 | 2 | - | 0.7500 [0.5000, 1.0000] | 8 |"
+    assert lines[6].startswith("| 10 | 2 | 0.2500 [0.2500, 0.2500] | 0.5000")
+    assert lines[7] == "| 9 | 2 | - | 0.7500 [0.5000, 1.0000] | 8 |"
 
 
 def test_values_are_escaped_in_markdown(tmp_path):
@@ -627,10 +691,10 @@ def test_benchmarks_finish_their_runs_by_the_sweep(folder):
         base_curve.run_once("b", ["--fails"], config, experiment)
 
     (folder / "old" / "c").mkdir(parents=True)
-    (folder / "old" / "c" / "metrics.jsonl").write_text('{"step": 0}\n')
+    (folder / "old" / "c" / "metrics.jsonl").write_text('{"step": 0, "eval_accuracy": 1}\n')
     (folder / "old" / "c.done").touch()
     config.log_dir = folder / "old"
-    assert base_curve.run_once("c", ["--seed", "5"], config, experiment) == [{"step": 0}]
+    assert base_curve.run_once("c", ["--seed", "5"], config, experiment)[0]["step"] == 0
 
 
 def test_variants_run_by_their_own_command(tmp_path):

@@ -32,6 +32,8 @@ HOSTILE = [
     "{{data}} {{policy}} <!-- ]]>",
     "\u202eevil\u202c",
     "\ud800 half of a pair",
+    "\U000e0041\u3164\u2800\u180e",
+    "x" * 300,
     "\x00\x1b[31m",
     "שלום",
     "`${window.hacked = 1}`",
@@ -136,7 +138,9 @@ def test_rotated_files_are_read_in_order(tmp_path):
     run = write_run(tmp_path / "a", two_steps()[1:])
     (run / "completions.2.jsonl").write_text(json.dumps(group_of(9, [completion(["b"])])) + "\n")
     (run / "completions.1.jsonl").write_text(json.dumps(group_of(1, [completion(["a"])])) + "\n")
-    (run / "completions.old.jsonl").write_text("nothing of ours")
+    for other in ("old", "1.backup", "2024.old", "0", "01"):
+        (run / f"completions.{other}.jsonl").write_text("nothing of ours")
+    (run / "completions.3.jsonl").mkdir()
     assert [row["step"] for row in view.read_completions(run)] == [1, 9, 10, 10]
 
 
@@ -153,26 +157,53 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert view.names_of(runs[:1]) == ["x"]
 
 
+def broken(**changes) -> str:
+    """A line with one completion, of which something is changed."""
+    return json.dumps(group_of(1, [{**completion(["a"]), **changes}]))
+
+
 BROKEN = [
     "{}",
     "[]",
     "nothing",
     '{"step": 1, "group": 0}',
+    '{"step": 1e999, "group": 0}',
     json.dumps({**group_of(1, [completion(["a"])]), "step": "1"}),
     json.dumps(group_of(1, [{"text": "a"}])),
+    json.dumps(group_of(1, [3])),
     json.dumps(group_of(1, [completion(["a"])], rewards=None)),
+    json.dumps(group_of(1, [completion(["a"])], reward_parts={"x": None})),
+    broken(tokens=[1]),
+    broken(tokens=[]),
+    broken(mask=[1, 1]),
+    broken(alternatives=[[1, 2]]),
+    broken(alternatives=[[[1, None, 0, 0]]]),
     json.dumps({"step": 1, "group": 0, "sampled_step": 1, "log_probs": None}),
+    json.dumps({"step": 1, "group": 0, "sampled_step": 1, "log_probs": ["x"]}),
     "[" * 100_000,
 ]
 
 
-@pytest.mark.parametrize("line", BROKEN, ids=[line[:20] for line in BROKEN])
-def test_a_broken_line_is_named(line, tmp_path):
-    run = write_run(tmp_path / "a", two_steps())
-    with open(run / "completions.jsonl", "a") as file:
-        file.write(line + "\n")
-    with pytest.raises(SystemExit, match="completions.jsonl, line 4: not a line of completions"):
-        view.read_completions(run)
+@pytest.mark.parametrize("line", BROKEN, ids=[line[-30:] for line in BROKEN])
+def test_a_broken_line_is_named_and_left_out(line, tmp_path, capsys):
+    run = write_run(tmp_path / "a", [])
+    lines = [json.dumps(row) for row in two_steps()]
+    (run / "completions.jsonl").write_text(
+        "\ufeff" + "\n\n".join([lines[0], line, *lines[1:]]) + "\n"
+    )
+    assert view.read_completions(run) == two_steps()
+    assert "completions.jsonl, line 3: 1 lines are left out" in capsys.readouterr().err
+
+
+def test_numbers_that_json_does_not_have(tmp_path):
+    """Bug: a page that its browser cannot read, said to be written."""
+    run = write_run(tmp_path / "a", [group_of(1, [completion(["a"], kl=[float("nan")])])])
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 21, "reward": NaN}\n{"step": 22, "reward": 1e999}\n')
+    page = view.page_of(view.data_of((run,)), followed=False)
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0], parse_constant=pytest.fail)
+    assert [row["reward"] for row in data["runs"][0]["rows"][-2:]] == [None, None]
+    assert unpacked(data["runs"][0]["steps"]["1"])[0]["completions"][0]["kl"] == [None]
 
 
 @pytest.mark.parametrize(
@@ -314,8 +345,12 @@ def test_the_keyboard(opened):
     assert page.inner_text(".token.chosen") == "two" and "two" in page.inner_text("#tip")
     page.keyboard.press("Escape")
     assert not page.is_visible("#tip")
+    page.keyboard.press("ArrowRight")
     page.keyboard.press("n")
     shows_step(page, 10)
+    assert not page.is_visible("#tip")  # of a token that is no longer there
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text(".token.chosen") == "4"  # the same completion's place has the focus
     page.keyboard.press("p")
     shows_step(page, 1)
 
@@ -394,6 +429,8 @@ def test_nothing_of_a_model_runs_in_the_page(opened):
     shown = page.inner_text("#groups")
     for part in ("<script>window.hacked = 1</script>", "U+202E", "U+D800", "U+001B", "שלום"):
         assert part in shown
+    for part in ("U+E0041", "U+3164", "U+2800", "U+180E"):
+        assert part in shown
 
 
 def test_very_long_completions(opened):
@@ -408,7 +445,11 @@ def test_very_long_completions(opened):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone(opened, scheme):
     """Nothing is wider than the screen, and text stands out from what is behind it."""
-    page = opened(two_steps(), width=360, scheme=scheme)
+    hostile = "".join(HOSTILE)
+    group = group_of(20, [completion(HOSTILE)] * 2, prompt=hostile, answer=hostile)
+    page = opened([*two_steps(), group], width=360, scheme=scheme)
+    page.click("#step-buttons button[value='20']")
+    shows_step(page, 20)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
     text, back = page.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
@@ -454,12 +495,14 @@ def test_what_is_served(served):
     assert status == 200 and list(json.loads(text)["runs"][0]["steps"]) == ["1", "10"]
     assert get(url + "/../../etc/passwd")[0] == 404
     assert get(url + "/", Host="evil.example:80")[0] == 403  # a name that was rebound
+    (run / "metrics.jsonl").unlink()
+    assert get(f"{url}/data")[0] == get(url + "/")[0] == 500  # and it goes on
 
 
 def test_a_page_that_follows_a_run(opened, served):
     run, url = served
     page = opened(run, url=url)
-    assert "New steps appear by themselves" in page.inner_text("#note")
+    assert "New steps appear by themselves" in page.inner_text("#server")
     assert page.locator("#step-buttons button").count() == 1
     page.click("#groups summary")  # what is open stays open, and what is chosen stays chosen
     page.click("#groups .token >> nth=0")

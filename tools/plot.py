@@ -25,22 +25,24 @@ class Options:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a last one that is half written, as a kill leaves it,
-    is left out."""
+    """The lines of a run's metrics.jsonl. A last one that is half written, as a kill leaves it, is
+    left out, and so are empty ones."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         sys.exit(
             f"error: {path}: no such file; name the directory of a run, such as runs/<run-name>"
         )
-    lines = path.read_text("utf-8").splitlines()
+    lines = path.read_text("utf-8-sig", errors="replace").rstrip().splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            if "step" not in row:
+            if type(row) is not dict or type(row["step"]) is not int:
                 raise ValueError
             rows.append(row)
-        except (ValueError, TypeError):
+        except (ValueError, KeyError, RecursionError):
             if number < len(lines):
                 sys.exit(f"error: {path}, line {number}: not a line of metrics.jsonl")
     return rows

@@ -24,6 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+ATTEMPT = "=== tools/runner.py:"  # before what a process prints, in the log of its run
 STOPPED = "finishing this step, then saving"  # as run.py prints; such a run ends with 0 too
 LEFT_BY_A_KILL = {"lock", "run.json.tmp"}  # in a directory of checkpoints, in its first moment
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -120,7 +121,22 @@ def last_line(path: Path) -> str:
     """Of a log; progress bars write \\r."""
     text = path.read_text(errors="replace") if path.is_file() else ""
     lines = [line.strip() for line in re.split("[\r\n]", text) if line.strip()]
-    return lines[-1][:300] if lines else "it printed nothing"
+    if not lines or lines[-1].startswith(ATTEMPT):
+        return "it printed nothing"
+    line = lines[-1]
+    return line if len(line) <= 500 else f"{line[:200]} ... {line[-300:]}"  # advice stands last
+
+
+def has_evaluation(path: Path) -> bool:
+    """Whether a metrics.jsonl has a figure that was measured on held-out prompts."""
+    if not path.is_file():
+        return False
+    return '"eval_' in path.read_text("utf-8", errors="replace")
+
+
+def parts_of(job: "Job") -> str:
+    """What to delete so that a run begins anew."""
+    return f"{job.log_dir / job.name}, {job.done} and {job.checkpoints}"
 
 
 class Process:
@@ -136,17 +152,21 @@ class Process:
     def begin(self) -> None:
         job = self.job
         clear_beginning(job)
-        command = job.command + (["--resume"] if is_run(job.checkpoints) else [])
+        how = "resumes" if is_run(job.checkpoints) else "starts"
+        command = job.command + (["--resume"] if how == "resumes" else [])
         if sys.platform == "linux":
             command = [sys.executable, "-c", TIED, str(os.getpid()), *command]
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         if self.threads:
             environment["OMP_NUM_THREADS"] = str(self.threads)
         with open(job.log, "ab") as log:
+            log.write(f"{ATTEMPT} {how}\n".encode())
             self.log_start = log.tell()
-            how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "env": environment}
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             # A session of its own: a terminal's Ctrl-C reaches the sweep alone.
-            self.process = subprocess.Popen(command, start_new_session=True, **how)
+            self.process = subprocess.Popen(
+                command, start_new_session=True, env=environment, **streams
+            )
 
     def poll(self) -> str | None:
         """None while it runs, then "done", "failed" or "stopped"."""
@@ -162,10 +182,19 @@ class Process:
         said = self.job.log.read_bytes()[self.log_start :]
         if self.is_stopping or STOPPED.encode() in said:
             return "stopped"
-        if code or not (self.job.log_dir / self.job.name / "metrics.jsonl").is_file():
+        if code < 0:
+            return self.failed(f"it was killed by signal {-code}; 9 is often for lack of memory")
+        if code:
             return "failed"
+        if not has_evaluation(self.job.log_dir / self.job.name / "metrics.jsonl"):
+            return self.failed(f"it has logged no evaluation; delete {parts_of(self.job)}")
         write_aside(self.job.done, json.dumps(self.job.settings, indent=1) + "\n")
         return "done"
+
+    def failed(self, why: str) -> str:
+        with open(self.job.log, "a") as log:
+            log.write(f"\nerror: {why}\n")
+        return "failed"
 
     def stop(self, number: int) -> None:
         """Pass a signal on: SIGTERM, upon which the run saves and ends, or SIGKILL."""
@@ -195,7 +224,10 @@ def held(folder: Path):
 def noting_signals():
     """A list, to which signals to stop are added instead of what they would do."""
     came = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP"):  # of a terminal that is closed
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         for number in before:
             signal.signal(number, lambda number, _: came.append(number))
@@ -205,23 +237,46 @@ def noting_signals():
             signal.signal(number, handler)
 
 
+def known_settings(job: Job) -> dict[str, str]:
+    """What a run was made with: by its marker, by its directory's list, or by itself."""
+    places = [
+        (job.done, lambda found: found),
+        (job.log_dir / "sweep.json", lambda found: found.get(job.name)),
+        (job.checkpoints / "run.json", lambda found: found.get("config")),
+    ]
+    for path, settings_in in places:
+        if not path.is_file() or not path.stat().st_size:  # a marker of an earlier version is empty
+            continue
+        try:
+            settings = dict(settings_in(json.loads(path.read_text("utf-8"))) or {})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(f"{path}: cannot be read ({error}); delete it")
+        if settings:
+            return settings
+    return {}
+
+
 def check_existing(jobs: list[Job]) -> None:
     """Refuse runs that exist with other settings, and what cannot be gone on with."""
-    log_dir = jobs[0].log_dir
-    path = log_dir / "sweep.json"  # the settings of each run, by its name
-    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     for job in jobs:
+        run = job.log_dir / job.name
+        if job.log.is_dir():
+            fail(f"{job.log}: is a directory; the run's output belongs there")
         if job.done.exists() or is_run(job.checkpoints):
-            for field, value in known.get(job.name, {}).items():
+            for field, value in known_settings(job).items():
                 if job.settings.get(field, value) != value:
                     was = f"was made with {field} {value}, not {job.settings[field]}"
-                    advice = "delete it, or choose another --sweep-name (a benchmark's --log-dir)"
-                    fail(f"run {job.name} in {log_dir} {was}; {advice}")
+                    advice = f"choose another --sweep-name, or delete {parts_of(job)}"
+                    fail(f"run {run} {was}; {advice}")
+            if not has_evaluation(run / "metrics.jsonl") and job.done.exists():
+                fail(f"run {run} has no figures; delete {parts_of(job)} to train it again")
             continue
-        for folder in (job.checkpoints, log_dir / job.name):
+        for folder in (job.checkpoints, run):
             names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
             if not names <= LEFT_BY_A_KILL:
                 fail(f"{folder}: holds no run that can be resumed; delete it to begin anew")
+    path = jobs[0].log_dir / "sweep.json"  # the settings of each run, by its name
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     known |= {job.name: job.settings for job in jobs}
     write_aside(path, json.dumps(known, indent=1) + "\n")
 
@@ -287,7 +342,9 @@ def say_end(job: Job, outcome: str) -> None:
     if outcome == "done":
         lines = read_metrics(job.log_dir / job.name)
         figure = default_figure(lines)
-        message = f"{figure} {lines[-1].get(figure)} in {seconds_of(lines):.0f} s"
+        value = lines[-1].get(figure)
+        told = f"{value:.4f}" if isinstance(value, float) else value
+        message = f"{figure} {told} in {seconds_of(lines):.0f} s"
     if outcome == "failed":
         message = f"failed: {last_line(job.log)} (see {job.log})"
     print(f"{job.name}: {message}", flush=True)

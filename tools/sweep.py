@@ -6,7 +6,7 @@ That is 2 x 2 x 3 = 12 runs, each a process of its own. Every flag of the experi
 value or several; a boolean is swept as --flag True False, and a value that begins with -- is given
 as --flag=value. All are checked before the first run starts. Runs are named by what varies, such as
 lr=1e-05,kl_weight=0.01,seed=42, and lie under runs/<sweep-name>/, where <name>.log has what they
-print.
+print. A flag that had one value has no part in the names: with a second one, all are trained anew.
 
 Stop it (Ctrl-C, or worse) and start it again as you like: what is finished is skipped, what was
 interrupted is resumed, what failed is tried again.
@@ -92,6 +92,24 @@ def load_train(experiment: str):
     return importlib.import_module("train")
 
 
+def check_own_flags(arguments: list[str]) -> None:
+    """Refuse a flag of the sweep itself that is given twice, or with several values."""
+    own = {flag_of(field.name) for field in fields(Options)}
+    last = ""
+    seen = {}  # flag -> how many values
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if argument.startswith("--"):
+            last = flag
+            if flag in own and flag in seen:
+                fail(f"{flag}: is given twice")
+            seen[flag] = int("=" in argument)
+        elif last in own:
+            seen[last] += 1
+            if seen[last] > 1:
+                fail(f"{argument}: stands behind {last}, which takes one value")
+
+
 def split_flags(arguments: list[str]) -> dict[str, list[str]]:
     """name -> what stands behind the flag, such as {"lr": ["1e-5", "5e-5"], "wandb": []}."""
     flags = {}
@@ -122,7 +140,8 @@ def read_values(Config, arguments: list[str]) -> dict[str, list[tuple]]:
             fail(f"{flag_of(name)}: is set by the sweep, for each run")
         texts = texts or (["True"] if kinds[name] is bool else [])
         if not texts or name in found:
-            fail(f"{flag_of(name)}: needs one value or several, behind one flag")
+            hint = ", such as True False" if kinds[name] is bool else ""
+            fail(f"{flag_of(name)}: needs one value or several, behind one flag{hint}")
         found[name] = []
         for text in texts:
             value, argument = read_value(Config, name, text, kinds[name] is bool)
@@ -136,14 +155,15 @@ def read_value(Config, name: str, text: str, is_bool: bool) -> tuple:
     """(the value, the argument that sets it)."""
     argument = f"{flag_of(name)}={text}"
     if is_bool:
-        argument = {"True": flag_of(name), "False": f"--no-{flag_of(name)[2:]}"}.get(text, argument)
+        arguments = {"True": flag_of(name), "False": f"--no-{flag_of(name)[2:]}"}
+        argument = arguments.get(text.capitalize(), argument)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return getattr(tyro.cli(Config, args=[argument]), name), argument
     except SystemExit:
         wanted = "must be True or False" if is_bool else "is no such value; see train.py --help"
-        fail(f"{flag_of(name)} {text}: {wanted}")
+        fail(f"{flag_of(name)} {text!r}: {wanted}")
 
 
 # ---------------------------------------------------------------- settings and names
@@ -247,7 +267,8 @@ def summarise(experiment: str, combinations: list[dict], jobs: list[Job], outcom
         figure = default_figure(list(logs.values())[0])
     known = {name for lines in logs.values() for line in lines for name in line}
     if logs and figure not in known:
-        fail(f"--figure {figure}: in none of the runs; they have {', '.join(sorted(known))}")
+        names = ", ".join(sorted(known))
+        fail(f"--figure {figure}: in none of the runs, which are kept; they have {names}")
     several = {}
     for field in combinations[0]:
         several[field] = len({repr(values[field]) for values in combinations}) > 1
@@ -299,7 +320,11 @@ def cell(value) -> str:
 
 
 def to_markdown(results: dict) -> str:
-    lines = [f"# Sweep of {results['experiment']}: {results['figure']}", ""]
+    what = results["figure"] or "no run has finished"
+    lines = [f"# Sweep of {results['experiment']}: {what}", ""]
+    seeds = {str(run["seed"]): None for row in results["settings"] for run in row["runs"]}
+    if list(seeds) != ["None"]:
+        lines += [f"Seeds: {', '.join(seeds)}.", ""]
     if results["fixed"]:
         flags = [f"{flag_of(name)} {told(value)}" for name, value in results["fixed"].items()]
         lines += [re.sub(r"\s+", " ", f"All with {', '.join(flags)}."), ""]
@@ -358,9 +383,11 @@ def draw(results: dict, path: Path) -> None:
     figure, panels = pyplot.subplots(1, 2 if has_map else 1, figsize=size, squeeze=False)
     panel = panels[0, 0]
     for i, row in enumerate(row for row in rows if row["curve"]):
-        style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i % 3]}  # 30 of them
-        shade = 0.2 if len(rows) < 6 else 0.1
-        draw_range(panel, row["curve"], shade, label=label_of(row["values"]), **style)
+        style = {"color": f"C{i}", "label": label_of(row["values"])}
+        if i >= 10:  # as many colours as can be told apart, for the best
+            style = {"color": "grey", "linewidth": 0.5}
+            style |= {"label": f"the {len(rows) - 10} others"} if i == 10 else {}
+        draw_range(panel, row["curve"], 0.2 if len(rows) < 6 else 0.1, **style)
     panel.set(title="mean and range of the seeds", xlabel="step", ylabel=results["figure"])
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3)
@@ -393,9 +420,14 @@ def draw_map(panel, rows: list[dict]) -> None:
     for y, line in enumerate(grid):
         for x, value in enumerate(line):
             text = "failed" if value != value else f"{value:.3f}"
+            if len(columns) > 10:
+                break  # there is no room; the table has the numbers
             is_dark = value == value and image.norm(value) < 0.6
             panel.text(x, y, text, ha="center", va="center", color="w" if is_dark else "k")
-    panel.set_xticks(range(len(columns)), [short(value) for value in columns])
+    labels = [short(value) for value in columns]
+    is_wide = sum(len(label) + 2 for label in labels) > 50
+    turned = {"rotation": 30, "ha": "right"} if is_wide else {}
+    panel.set_xticks(range(len(columns)), labels, **turned)
     panel.set_yticks(range(len(lines)), [short(value) for value in lines])
     panel.set(xlabel=across, ylabel=down)
 
@@ -411,8 +443,15 @@ def check_output(output: Path) -> list[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         markdown = paths[0]
-        if markdown.exists() and not markdown.read_text("utf-8").startswith("# Sweep of "):
-            fail(f"--output {output}: {markdown} exists, and is not of a sweep")
+        for path in paths:
+            if path.is_dir():
+                fail(f"--output {output}: {path} is a directory")
+        is_ours = markdown.exists() and markdown.read_text(errors="replace").startswith(
+            "# Sweep of"
+        )
+        for path in paths:
+            if path.exists() and not is_ours:
+                fail(f"--output {output}: {path} exists, and is not of a sweep")
         if not os.access(output.parent, os.W_OK):
             fail(f"--output {output}: {output.parent} cannot be written to")
     except OSError as error:
@@ -444,7 +483,7 @@ def plan(options: Options, arguments: list[str]) -> tuple[list[Job], list[dict]]
 def main(options: Options, arguments: list[str]) -> None:
     for name, least in {"jobs": 1, "threads": 1, "ray_cpus": 0, "ray_gpus": 0}.items():
         value = getattr(options, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             fail(f"{flag_of(name)} {value}: must be at least {least}")
     jobs, combinations = plan(options, arguments)
     paths = check_output(options.output or jobs[0].log_dir / "table")
@@ -459,17 +498,20 @@ def main(options: Options, arguments: list[str]) -> None:
     results = summarise(experiment, combinations, jobs, outcomes, options.figure)
     markdown, figures, picture = paths
     text = to_markdown(results)
-    draw(results, picture)
     write_aside(figures, json.dumps(results, indent=1) + "\n")
     write_aside(markdown, text)
-    print(f"\n{text}\nwritten: {markdown}, .json and .png")
+    print(f"\n{text}", flush=True)
+    draw(results, picture)
+    print(f"written: {markdown}, .json and .png")
     failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
     if failed:
-        fail(f"{len(failed)} of {len(jobs)} runs failed; the same command tries them again")
+        again = "once that is mended, the same command tries them again"
+        fail(f"{len(failed)} of {len(jobs)} runs failed; {again}")
 
 
 if __name__ == "__main__":
     try:
+        check_own_flags(sys.argv[1:])
         main(*tyro.cli(Options, description=__doc__, return_unknown_args=True))
     except KeyboardInterrupt:  # while no run is under way
         sys.exit("stopped; the same command goes on with what is left")

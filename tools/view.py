@@ -16,7 +16,10 @@ import base64
 import gzip
 import hashlib
 import json
+import math
+import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +31,7 @@ from readings import reading_of
 
 TEMPLATE = Path(__file__).with_name("view.html")
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
-# What a line of completions.jsonl must have, and a completion in it.
+# What a line of completions.jsonl must have.
 FIELDS = {
     "prompt": str,
     "answer": str,
@@ -38,7 +41,6 @@ FIELDS = {
     "truncated": list,
     "completions": list,
 }
-COMPLETION_FIELDS = {"ids": list, "tokens": list, "mask": list}
 
 
 @dataclass
@@ -62,25 +64,31 @@ def completion_files(run: Path) -> list[Path]:
     """
     numbered = {}
     for path in run.glob("completions.*.jsonl"):
-        number = path.name.split(".")[1]
-        if number.isdecimal():
-            numbered[int(number)] = path
-    files = [numbered[number] for number in sorted(numbered)]
-    current = run / "completions.jsonl"
-    return files + ([current] if current.is_file() else [])
+        match = re.fullmatch(r"completions\.([1-9][0-9]{0,5})\.jsonl", path.name)
+        if match:
+            numbered[int(match[1])] = path
+    files = [numbered[number] for number in sorted(numbered)] + [run / "completions.jsonl"]
+    return [path for path in files if path.is_file()]
 
 
 def read_completions(run: Path) -> list[dict]:
-    """The lines. A last one that is half written, of a run that goes on, is left out."""
+    """The lines. A last one that is half written, of a run that goes on, is left out.
+
+    So are lines that cannot be read; of the first in each file it says so.
+    """
     rows = []
     for path in completion_files(run):
-        with open(path, encoding="utf-8", errors="replace") as file:
+        broken = []
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 row = read_line(line)
                 if row is not None:
                     rows.append(row)
-                elif line.endswith("\n"):
-                    fail(f"{path}, line {number}: not a line of completions.jsonl")
+                elif line.endswith("\n") and line.strip():
+                    broken.append(number)
+        if broken:
+            what = f"{len(broken)} lines are left out, which are not of completions.jsonl"
+            print(f"warning: {path}, line {broken[0]}: {what}", file=sys.stderr)
     return rows
 
 
@@ -88,16 +96,31 @@ def read_line(line: str) -> dict | None:
     """A line's content; None where it is none of completions.jsonl's."""
     try:
         row = json.loads(line)
-        is_row = type(row["step"]) is int and type(row["group"]) is int
+        if type(row["step"]) is not int or type(row["group"]) is not int:
+            return None
         if "sampled_step" in row:
-            return row if is_row and type(row["log_probs"]) is list else None
+            is_list = [type(of_completion) is list for of_completion in row["log_probs"]]
+            return row if type(row["sampled_step"]) is int and all(is_list) else None
         has_fields = all(type(row[name]) is kind for name, kind in FIELDS.items())
-        for completion in row["completions"]:
-            for name, kind in COMPLETION_FIELDS.items():
-                has_fields = has_fields and type(completion[name]) is kind
-        return row if is_row and has_fields else None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        are_whole = all(is_whole(completion) for completion in row["completions"])
+        are_lists = all(type(values) is list for values in row["reward_parts"].values())
+        return row if has_fields and are_whole and are_lists else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def is_whole(completion: dict) -> bool:
+    """Whether a completion can be shown. Its numbers need not be any: the page looks."""
+    tokens = completion["tokens"]
+    if not len(tokens) == len(completion["ids"]) == len(completion["mask"]):
+        return False
+    if not all(type(token) is str for token in tokens):
+        return False
+    for place in completion.get("alternatives") or []:
+        for _, text, _, _ in place or []:
+            if type(text) is not str:
+                return False
+    return True
 
 
 # ---------------------------------------------------------------- the page's data
@@ -141,7 +164,24 @@ def groups_of(run: Path) -> dict:
 
 def packed(rows: list[dict]) -> str:
     """JSON, compressed, in base64: about a tenth of its size, and nothing a browser could run."""
-    return base64.b64encode(gzip.compress(json.dumps(rows).encode(), 6, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(to_json(rows).encode(), 6, mtime=0)).decode()
+
+
+def to_json(data) -> str:
+    """What a browser reads as JSON: it knows no NaN and no infinity."""
+    try:
+        return json.dumps(data, allow_nan=False)
+    except ValueError:
+        return json.dumps(finite(data))
+
+
+def finite(data):
+    """The same with None in place of NaN and infinity."""
+    if isinstance(data, dict):
+        return {name: finite(value) for name, value in data.items()}
+    if isinstance(data, list):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def page_of(data: dict, followed: bool) -> str:
@@ -155,7 +195,7 @@ def page_of(data: dict, followed: bool) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
     policy += "; connect-src 'self'" if followed else ""
-    content = json.dumps({**data, "followed": followed}).replace("<", "\\u003c")
+    content = to_json({**data, "followed": followed}).replace("<", "\\u003c")
     return template.replace("{{policy}}", policy).replace("{{data}}", content)
 
 
@@ -184,13 +224,19 @@ class Handler(BaseHTTPRequestHandler):
         path, _, have = self.path.partition("?have=")
         if path not in ("/", "/data"):
             return self.answer(404, "text/plain", "not found")
+        try:
+            self.answer_with_runs(path, have)
+        except (SystemExit, OSError) as error:  # a run that was deleted, or edited by hand
+            self.answer(500, "text/plain", str(error))
+
+    def answer_with_runs(self, path: str, have: str) -> None:
         version = version_of(self.runs)
         if path == "/data" and version == have:
             return self.answer(204, "application/json", "")
         data = data_of(self.runs) | {"version": version}
         if path == "/":
             return self.answer(200, "text/html", page_of(data, followed=True))
-        return self.answer(200, "application/json", json.dumps({**data, "followed": True}))
+        return self.answer(200, "application/json", to_json({**data, "followed": True}))
 
     def answer(self, status: int, kind: str, text: str) -> None:
         content = text.encode(errors="replace")
@@ -201,6 +247,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
         self.wfile.write(content)
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the browser has gone away
+            super().handle()
+
+    def finish(self) -> None:
+        with suppress(ConnectionError):
+            super().finish()
 
     def log_message(self, *_) -> None:
         """Requests are not worth a line."""
