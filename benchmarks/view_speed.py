@@ -3,16 +3,17 @@
     python benchmarks/view_speed.py             # trains what is missing first: half an hour
     python benchmarks/view_speed.py --no-cost   # the pages alone
 
-    opening     the pages of a default run of each experiment (of experiment_ifeval, of nine steps of
-                which as many are logged as of the default's), and of a run that logged the
-                completions of 200 steps, in headless Chromium: from the call to the tokens on the
-                screen, the median of five. Sizes too
+    opening     the pages of a default run of each experiment (of experiment_ifeval nine steps, of
+                which as many are logged as of the default's), and of a run that logged 200 steps,
+                in headless Chromium: from the call to the tokens on the screen, the median of five.
+                Sizes too
     cost        the default run of experiment_base with completions.jsonl and without, in pairs that
                 take turns to be first: seconds of training, evaluations left out. Beside it, the
                 share of these seconds that the log itself says it takes
 
-Writes results/view_speed.json and results/view.png. Needs Chromium (on Debian: apt install chromium) and
-experiment_ifeval's model (python data/get_smollm2.py); without that its page is left out.
+Writes results/view_speed.json and results/view.png. Needs Chromium (on Debian: apt install
+chromium) and experiment_ifeval's model (python data/get_smollm2.py); without that its page is left
+out.
 """
 
 import json
