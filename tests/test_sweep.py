@@ -334,10 +334,12 @@ def test_other_settings_are_noticed_whatever_was_deleted(folder):
     "damaged, said",
     [
         ("sweep.json", "sweep.json: cannot be read"),
-        ("seed=10.done", "seed=10.done: cannot be read"),
-        ("seed=10/metrics.jsonl", "seed=10 has no figures; delete"),
+        pytest.param("seed=10.done", "seed=10.done: cannot be read", marks=pytest.mark.long),
+        pytest.param(
+            "seed=10/metrics.jsonl", "seed=10 has no figures; delete", marks=pytest.mark.long
+        ),
         ("seed=10/", "seed=10 has no figures; delete"),
-        ("table.md", "table.md exists, and is not of a sweep"),
+        pytest.param("table.md", "table.md exists, and is not of a sweep", marks=pytest.mark.long),
     ],
 )
 def test_damaged_files_are_named(folder, damaged, said):
