@@ -86,9 +86,9 @@ def seconds_of_a_run(*flags: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", TIMED_RUN, "--log-dir", f"{folder}/runs", *flags]
         command += ["--checkpoint-path", f"{folder}/output", "--checkpoint-interval", "0"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        sys.exit("error: a run has ended early, see above")
+        sys.exit(f"error: a run has ended early: {done.stderr[-1000:]}")
     return json.loads(done.stdout.split("timed ")[-1])
 
 

@@ -179,7 +179,8 @@ class Process:
         code = self.process.poll()
         if code is None:
             return None
-        said = self.job.log.read_bytes()[self.log_start :]
+        log = self.job.log
+        said = log.read_bytes()[self.log_start :] if log.is_file() else b""
         if self.is_stopping or STOPPED.encode() in said:
             return "stopped"
         if code < 0:
