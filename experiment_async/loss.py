@@ -151,7 +151,8 @@ class GRPOLoss(nn.Module):
         loss = (micro_batch.weights * importance * token_loss).sum()
         clipped = clipped_surrogate < surrogate
         self.remember(loss, ratio, clipped, kl, micro_batch, importance)
-        micro_batch.seen = tokens_seen(ratio, clipped, kl, micro_batch, importance)
+        micro_batch.seen = tokens_seen(ratio, clipped, kl, micro_batch)
+        micro_batch.seen["push"] *= importance
         return loss
 
     @torch.no_grad()
@@ -174,13 +175,13 @@ class GRPOLoss(nn.Module):
 
 
 @torch.no_grad()
-def tokens_seen(ratio, clipped, kl, micro_batch, importance) -> dict[str, Tensor | None]:
+def tokens_seen(ratio, clipped, kl, micro_batch) -> dict[str, Tensor | None]:
     """What completions.jsonl tells of each token at this update, (sampled tokens,) each.
 
     push is minus the derivative of the loss, but for its KL term, by the token's log-prob: above 0
     the update makes the token likelier. It is 0 where the token is clipped.
     """
-    push = micro_batch.weights * importance * micro_batch.advantages * ratio
+    push = micro_batch.weights * micro_batch.advantages * ratio
     return {
         "ratio": ratio.detach(),
         "clipped": clipped,
