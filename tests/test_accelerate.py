@@ -260,7 +260,7 @@ STEPS_2_AND_3 = ("step_000002", "step_000003")
 @pytest.mark.parametrize(
     "processes, sharded, more",
     [
-        (2, False, ()),
+        pytest.param(2, False, (), marks=pytest.mark.long),
         (2, True, ()),
         pytest.param(3, False, (), marks=pytest.mark.long),
         pytest.param(3, True, (), marks=pytest.mark.long),

@@ -506,6 +506,7 @@ def weights_of(folder, name: str, step: int) -> dict:
     return load_file(run / f"step_{step:06d}" / "model.safetensors")
 
 
+@pytest.mark.long  # benchmarks/async_kills.py does it 17 times
 def test_a_killed_sampler_changes_nothing(tmp_path):
     """Two samplers, one of which dies (kill -9): the same weights in the end, bit for bit."""
     flags = ("--max-steps", "6", "--num-samplers", "2")

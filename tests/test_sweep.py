@@ -482,6 +482,7 @@ def test_what_run_py_prints_when_it_is_told_to_stop():
         assert runner.STOPPED in path.read_text()
 
 
+@pytest.mark.long  # benchmarks/sweep_kills.py does it too
 def test_the_base_is_swept(tmp_path):
     flags = ["--seed", "1", "--max-steps", "1", "--max-eval-prompts", "8"]
     flags += ["--rollouts-per-step", "4", "--train-batch-size", "16", "--threads", "1"]
