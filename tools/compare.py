@@ -73,12 +73,12 @@ def pass_at_k(right: int, n: int, k: int) -> float:
 
 
 # ---------------------------------------------------------------- one model
-def load_train(experiment: str):
-    """The module train.py of an experiment. One program can load one."""
+def load_train(experiment: str, kind: str = "that can be compared"):
+    """The module train.py of an experiment. One program can load one. kind: for the refusal."""
     folder = (ROOT / experiment).resolve()
-    if not (folder / "loss.py").is_file():
-        names = sorted(path.parent.name for path in ROOT.glob("experiment_*/loss.py"))
-        fail(f"{experiment} is no experiment that can be compared; there are {', '.join(names)}")
+    if not (folder / "run.py").is_file() or not (folder / "train.py").is_file():
+        names = sorted(path.parent.name for path in ROOT.glob("experiment_*/run.py"))
+        fail(f"{experiment} is no experiment {kind}; there are {', '.join(names)}")
     sys.path.insert(0, str(folder))
     train = importlib.import_module("train")
     loaded = Path(train.__file__).resolve().parent

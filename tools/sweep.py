@@ -21,7 +21,6 @@ same place. Needs matplotlib (requirements-dev.txt).
 """
 
 import contextlib
-import importlib
 import io
 import itertools
 import json
@@ -30,6 +29,7 @@ import re
 import sys
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -37,7 +37,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
-from compare import paths_of  # noqa: E402
+import compare  # noqa: E402
 from plot import read_metrics  # noqa: E402
 from runner import (  # noqa: E402
     Job,
@@ -64,6 +64,7 @@ HARMLESS = (
     "log_alternatives",
 )
 NAME_BYTES = 100  # as run.py allows
+load_train = partial(compare.load_train, kind="with flags")
 
 
 @dataclass
@@ -82,16 +83,6 @@ class Options:
 
 
 # ---------------------------------------------------------------- flags
-def load_train(experiment: str):
-    """The module train.py of an experiment. One program can load one."""
-    folder = (ROOT / experiment).resolve()
-    if not (folder / "run.py").is_file() or not (folder / "train.py").is_file():
-        names = sorted(path.parent.name for path in ROOT.glob("experiment_*/run.py"))
-        fail(f"{experiment} is no experiment with flags; there are {', '.join(names)}")
-    sys.path.insert(0, str(folder))
-    return importlib.import_module("train")
-
-
 def check_own_flags(arguments: list[str]) -> None:
     """Refuse a flag of the sweep itself that is given twice, or with several values."""
     own = {flag_of(field.name) for field in fields(Options)}
@@ -439,7 +430,7 @@ def check_output(output: Path) -> list[Path]:
         import matplotlib  # noqa: F401
     except ImportError:
         fail("the package matplotlib is missing; pip install -r requirements-dev.txt")
-    paths = paths_of(output)
+    paths = compare.paths_of(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         markdown = paths[0]

@@ -28,6 +28,7 @@ from pathlib import Path
 import tyro
 from plot import read_metrics
 from readings import reading_of
+from runner import fail
 
 TEMPLATE = Path(__file__).with_name("view.html")
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -50,10 +51,6 @@ class Options:
     output: Path | None = None
     serve: bool = False  # write nothing; serve the page and follow the runs
     port: int = 8000  # of --serve
-
-
-def fail(message: str):
-    sys.exit(f"error: {message}")
 
 
 # ---------------------------------------------------------------- reading
