@@ -14,7 +14,7 @@ The paper maximises, over groups of G completions o_1 ... o_G of a prompt q,
     log pi_old         old_log_probs: of the policy before this step's first update
     log pi_ref         reference_log_probs: of the policy that training began with
     A_it               advantages: one number for a completion, repeated for each of its tokens
-    eps                clip_eps_low, clip_eps_high
+    eps                clip_eps_low, clip_eps_high: two bounds, as in 2503.14476
     beta               kl_weight
     1/G 1/|o_i|        weights: 1/n 1/|o_i| with n = all completions of the optimizer batch.
                        Groups are equal in size, so it is the mean over them (`token_weights`)
@@ -88,12 +88,10 @@ def token_weights(
 
 
 class GRPOLoss(nn.Module):
-    """Clipped surrogate with a KL penalty, summed over tokens t with their weights w:
+    """A weighted sum over sampled tokens t.
 
-        sum_t w_t * ( -min(ratio_t A_t, clip(ratio_t, 1 - clip_eps_low, 1 + clip_eps_high) A_t)
-                      + kl_weight * KL_t )
-
-    (two clip bounds as in 2503.14476; with equal ones it is 2402.03300)
+    loss = sum_t w_t * ( policy_loss_t + kl_weight * KL_t )
+    policy_loss_t = -min(ratio_t A_t, clip(ratio_t, 1 - clip_eps_low, 1 + clip_eps_high) A_t)
     """
 
     def __init__(self, clip_eps_low: float, clip_eps_high: float, kl_weight: float) -> None:
@@ -121,17 +119,19 @@ class GRPOLoss(nn.Module):
         clipped_surrogate = clipped_ratio * micro_batch.advantages
         # min: once the advantage has pushed the ratio past its bound, the gradient is 0. Past the
         # other bound it is not, so the token can still be pulled back.
-        token_loss = -torch.min(surrogate, clipped_surrogate)
+        policy_loss = -torch.min(surrogate, clipped_surrogate)
 
         kl = None
+        token_loss = policy_loss
         if self.kl_weight:
             kl = approx_kl_divergence(log_probs, micro_batch.reference_log_probs)
-            token_loss = token_loss + self.kl_weight * kl
+            token_loss = policy_loss + self.kl_weight * kl
 
-        loss = (micro_batch.weights * token_loss).sum()
+        weights = micro_batch.weights
+        loss = (weights * token_loss).sum()
         clipped = clipped_surrogate < surrogate
         self.remember(loss, ratio, clipped, kl, micro_batch)
-        micro_batch.seen = tokens_seen(ratio, clipped, kl, micro_batch)
+        micro_batch.seen = tokens_seen(policy_loss, log_probs, weights, ratio, clipped, kl)
         return loss
 
     @torch.no_grad()
@@ -151,19 +151,18 @@ class GRPOLoss(nn.Module):
         self.token_sums.append(sums)
 
 
-@torch.no_grad()
-def tokens_seen(ratio, clipped, kl, micro_batch) -> dict[str, Tensor | None]:
+def tokens_seen(policy_loss, log_probs, weights, ratio, clipped, kl) -> dict[str, Tensor | None]:
     """What completions.jsonl tells of each token at this update, (sampled tokens,) each.
 
     push is minus the derivative of the loss, but for its KL term, by the token's log-prob: above 0
-    the update makes the token likelier. It is 0 where the token is clipped.
+    the update makes the token likelier.
     """
-    push = micro_batch.weights * micro_batch.advantages * ratio
+    (gradient,) = torch.autograd.grad(policy_loss, log_probs, weights, retain_graph=True)
     return {
         "ratio": ratio.detach(),
         "clipped": clipped,
         "kl": None if kl is None else kl.detach(),
-        "push": push.masked_fill(clipped, 0),
+        "push": -gradient,
     }
 
 
