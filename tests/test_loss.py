@@ -279,9 +279,20 @@ def test_micro_batches_add_up(critic, dtype, tolerance):
 
 
 # ---------------------------------------------------------------- TRL
-def trl_loss(loss_type, eps_low, eps_high, kl_weight, log_probs, mask, old, reference, advantages):
+def trl_loss(
+    loss_type,
+    eps_low,
+    eps_high,
+    kl_weight,
+    log_probs,
+    mask,
+    old,
+    reference,
+    advantages,
+    level="token",
+):
     """(loss, metrics) of TRL's own GRPOTrainer._compute_loss for padded (completions, tokens)
-    log-probs: one update of one micro-batch."""
+    log-probs: one update of one micro-batch. level: "sequence" for GSPO."""
     trainer = object.__new__(GRPOTrainer)
     trainer.__dict__.update(
         _get_per_token_logps_and_entropies=lambda *_, **__: (
@@ -298,7 +309,7 @@ def trl_loss(loss_type, eps_low, eps_high, kl_weight, log_probs, mask, old, refe
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        importance_sampling_level="token",
+        importance_sampling_level=level,
         use_vllm=False,
         _entropy_bonus_enabled=False,
         current_gradient_accumulation_steps=1,

@@ -1,0 +1,363 @@
+"""What each objective does with many updates from the same samples.
+
+    python benchmarks/off_policy.py     # 80 minutes; stop it and start it again as you like
+
+GRPO, Dr. GRPO, DAPO, GSPO and CISPO, and GRPO without any clip to compare with. Each takes the 128
+completions of a step in 1, 4 or 16 updates. With 16, an update sees one group, and the last one is
+15 updates away from the policy that sampled. The task leaves room: sums of two to six terms, and a
+policy that checks its reasoning up to three times (data/README.md). No run has a KL term, so that
+the objective alone holds the policy back.
+
+1. The search: the same learning rates for every objective and number of updates, one seed, short
+   runs. The best one has the highest sampled accuracy, as a mean over its steps. Held-out prompts
+   have no part in the choice.
+2. With that learning rate, longer runs on three other seeds.
+
+Sampled accuracy is that of a step's completions before the step trains on them. No prompt comes
+twice, so these prompts are new to the policy.
+
+All are runs of tools/sweep.py, which prints its own tables. Writes results/off_policy.json,
+results/off_policy.png (the runs) and results/off_policy_search.png (the search).
+"""
+
+import datetime
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from statistics import mean
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+from plot import read_metrics  # noqa: E402
+from runner import write_aside  # noqa: E402
+from sweep import draw_range  # noqa: E402
+from variants import log_ratios, sample  # noqa: E402
+from vs_trl import describe_machine  # noqa: E402
+
+OBJECTIVES = {  # name -> experiment, its own flags
+    "GRPO": ("experiment_base", []),
+    "GRPO without clip": ("experiment_base", ["--clip-eps-low", "1", "--clip-eps-high", "1e9"]),
+    "Dr. GRPO": ("experiment_drgrpo", []),
+    "DAPO": ("experiment_dapo", []),
+    "GSPO": ("experiment_gspo", []),
+    "CISPO": ("experiment_cispo", []),
+}
+COMPLETIONS = 128  # of a step
+GROUP_SIZE = 8
+EVAL_INTERVAL = 4
+TASK = {
+    "model_name": str(ROOT / "data" / "policy_math_long"),
+    "data_path": str(ROOT / "data" / "math_tasks_long.jsonl"),
+    "max_terms": 6,
+    "max_prompts": 4096,
+    "max_eval_prompts": 256,
+    "max_new_tokens": 256,
+    "max_length": 384,
+    "kl_weight": 0.0,
+    "precision": "float32",
+    "eval_interval": EVAL_INTERVAL,
+    "checkpoint_interval": 0,
+    "log_completions_interval": 0,
+}
+
+
+@dataclass
+class Config:
+    updates: tuple[int, ...] = (1, 4, 16)
+    lrs: tuple[float, ...] = (1.5e-5, 5e-5, 1.5e-4, 5e-4)
+    search_seed: int = 0
+    search_steps: int = 8
+    seeds: tuple[int, ...] = (42, 1, 2)
+    steps: int = 20
+    jobs: int = 2
+    log_dir: Path = Path("runs")
+    checkpoint_path: Path = Path("output")
+    output: Path = ROOT / "results"
+
+
+# ---------------------------------------------------------------- runs
+def sweep(config: Config, objective: str, name: str, flags: dict[str, list]) -> dict:
+    """The JSON table of a sweep of an objective, which is finished where it is not."""
+    experiment, own = OBJECTIVES[objective]
+    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), str(ROOT / experiment), *own]
+    for flag, value in TASK.items():
+        command += [f"--{flag.replace('_', '-')}", str(value)]
+    for flag, values in flags.items():
+        command += [f"--{flag}", *[f"{value:g}" for value in values]]
+    command += ["--sweep-name", name, "--jobs", str(config.jobs), "--threads", "1"]
+    command += ["--figure", "reward_accuracy"]
+    command += ["--log-dir", str(config.log_dir), "--checkpoint-path", str(config.checkpoint_path)]
+    code = subprocess.run(command).returncode
+    if code:
+        sys.exit(code)
+    return json.loads((config.log_dir / name / "table.json").read_text())
+
+
+def name_of(objective: str) -> str:
+    return f"off_policy_{objective.lower().replace('. ', '').replace(' ', '_')}"
+
+
+def search(config: Config, objective: str) -> dict[int, dict[float, float]]:
+    """updates -> learning rate -> sampled accuracy, the mean over steps."""
+    flags = {
+        "train-batch-size": [COMPLETIONS // updates for updates in config.updates],
+        "lr": config.lrs,
+        "seed": [config.search_seed],
+        "max-steps": [config.search_steps],
+    }
+    table = sweep(config, objective, f"{name_of(objective)}_search", flags)
+    found = {updates: {} for updates in config.updates}
+    for row in table["settings"]:
+        values = table["fixed"] | row["values"]
+        updates = COMPLETIONS // values["train_batch_size"]
+        found[updates][values["lr"]] = mean(row["curve"]["mean"])
+    return {updates: dict(sorted(scores.items())) for updates, scores in found.items()}
+
+
+def finish(config: Config, objective: str, updates: int, lr: float) -> dict[int, dict]:
+    """seed -> what `summarise` tells of its run."""
+    flags = {
+        "train-batch-size": [COMPLETIONS // updates],
+        "lr": [lr],
+        "seed": config.seeds,
+        "max-steps": [config.steps],
+    }
+    name = f"{name_of(objective)}_{updates}_updates"
+    table = sweep(config, objective, name, flags)
+    experiment, _ = OBJECTIVES[objective]
+    found = {}
+    for run in table["settings"][0]["runs"]:
+        log_dir = config.log_dir / name / run["name"]
+        lines = read_metrics(log_dir)
+        checkpoints = config.checkpoint_path / name / experiment / run["name"]
+        checkpoint = checkpoints / f"step_{lines[-1]['step']:06d}"
+        measured = log_dir / "kl.json"  # kept, as it takes longer than a step
+        if not measured.is_file():
+            write_aside(measured, json.dumps(kl_to_the_first_policy(checkpoint)))
+        found[run["seed"]] = summarise(lines) | {"kl": json.loads(measured.read_text())}
+    return found
+
+
+# ---------------------------------------------------------------- what a run came to
+def completions_of(line: dict) -> int:
+    """How many completions a step sampled. DAPO samples more than it trains on."""
+    if "groups" not in line:
+        return COMPLETIONS
+    if not line["groups"]:  # every one of the rounds found nothing
+        return COMPLETIONS * 10
+    return round(GROUP_SIZE * line["groups"] / (1 - line["wasted_fraction"]))
+
+
+def seconds_at_evaluations(lines: list[dict]) -> list[float]:
+    """Of training alone, up to each evaluation. The first step after one includes its time, so it
+    counts as the mean of the others up to the next."""
+    elapsed = {line["step"]: line["elapsed_seconds"] for line in lines[1:]}
+    evaluated = [line["step"] for line in lines if "eval_accuracy" in line]
+    seconds = [0.0]
+    for before, step in zip(evaluated, evaluated[1:]):
+        count = step - before
+        others = elapsed[step] - elapsed[before + 1]
+        seconds.append(seconds[-1] + others * count / (count - 1))
+    return seconds
+
+
+def summarise(lines: list[dict]) -> dict:
+    """The curves of a run: of the evaluations, and of the steps."""
+    sampled = [0]
+    for line in lines[1:]:
+        sampled.append(sampled[-1] + completions_of(line))
+    evaluated = [line for line in lines if "eval_accuracy" in line]
+    return {
+        "accuracy": [line["eval_accuracy"] for line in evaluated],
+        "samples": [sampled[line["step"]] for line in evaluated],
+        "seconds": [round(value, 2) for value in seconds_at_evaluations(lines)],
+        "sampled_accuracy": [line["reward_accuracy"] for line in lines[1:]],
+        "clip_fraction": [line["clip_fraction"] for line in lines[1:]],
+        "ess": [line["ess"] for line in lines[1:]],
+        "entropy": [line["entropy"] for line in lines[1:]],
+    }
+
+
+@cache
+def first_policy() -> tuple:
+    """(train.py of experiment_base, its Config, tokenizer, held-out prompts, the policy)."""
+    sys.path.insert(0, str(ROOT / "experiment_base"))
+    import train
+    from model import load_model, load_tokenizer, resolve
+
+    settings, device = resolve(train.Config(**TASK))
+    tokenizer = load_tokenizer(settings)
+    prompts = train.read_prompts(settings, tokenizer)[1]
+    return train, settings, tokenizer, prompts, load_model(settings, device)[0]
+
+
+def kl_to_the_first_policy(checkpoint: Path) -> float:
+    """Mean log-ratio, in nats a token, over 8 samples of each of 64 held-out prompts.
+
+    Not k3, whose tail is heavy: a single token may be most of it.
+    """
+    train, settings, tokenizer, prompts, reference = first_policy()
+    from model import load_model
+
+    policy, _ = load_model(replace(settings, model_name=str(checkpoint)), reference.device)
+    groups = sample(train, policy, tokenizer, prompts, settings)
+    log_probs, of_reference = log_ratios(train, reference, groups, settings)
+    return (log_probs - of_reference).mean().item()
+
+
+def at_equal(runs: dict[int, dict], measure: str, count: int = 49) -> dict:
+    """Accuracy over samples or seconds that all seeds have reached, as `draw_range` takes it."""
+    end = min(run[measure][-1] for run in runs.values())
+    grid = numpy.linspace(0, end, count)
+    curves = [numpy.interp(grid, run[measure], run["accuracy"]) for run in runs.values()]
+    return range_of(grid, curves)
+
+
+def over_steps(runs: dict[int, dict], measure: str) -> dict:
+    curves = [[value or 0.0 for value in run[measure]] for run in runs.values()]
+    steps = range(1, 1 + min(len(curve) for curve in curves))
+    return range_of(steps, [curve[: len(steps)] for curve in curves])
+
+
+def range_of(places, curves: list) -> dict:
+    columns = list(zip(*curves))
+    return {
+        "steps": list(places),
+        "mean": [mean(column) for column in columns],
+        "least": [min(column) for column in columns],
+        "most": [max(column) for column in columns],
+    }
+
+
+# ---------------------------------------------------------------- pictures and the table
+def draw_runs(config: Config, runs: dict, path: Path) -> None:
+    """A column for each number of updates, a row for each measure."""
+    rows = {
+        "samples": ("held-out accuracy", "sampled completions"),
+        "seconds": ("held-out accuracy", "seconds of training"),
+        "sampled_accuracy": ("accuracy of a step's samples", "step"),
+        "clip_fraction": ("share of tokens clipped", "step"),
+        "entropy": ("entropy, nats a token", "step"),
+    }
+    shape = (len(rows), len(config.updates))
+    size = (4.2 * shape[1], 3 * shape[0])
+    figure, panels = plt.subplots(*shape, figsize=size, sharey="row", squeeze=False)
+    for line, (measure, (label, place)) in zip(panels, rows.items()):
+        for panel, updates in zip(line, config.updates):
+            for objective in OBJECTIVES:
+                found = runs[objective][updates]["seeds"]
+                is_accuracy = measure in ("samples", "seconds")
+                curve = (at_equal if is_accuracy else over_steps)(found, measure)
+                draw_range(panel, curve, 0.12, label=objective)
+            panel.set(xlabel=place)
+            panel.grid(alpha=0.3)
+            if measure == "samples":
+                panel.set(title=f"{updates} update{'s' * (updates > 1)} a step")
+                panel.set_xlim(0, COMPLETIONS * config.steps)  # DAPO's go on
+            if measure == "clip_fraction":
+                panel.set_yscale("symlog", linthresh=1e-4)
+                panel.set_ylim(0, 1)
+        line[0].set(ylabel=label)
+    panels[0, -1].legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_search(config: Config, found: dict, path: Path) -> None:
+    shape = (1, len(config.updates))
+    figure, panels = plt.subplots(*shape, figsize=(4.2 * shape[1], 3.4), sharey=True, squeeze=False)
+    for panel, updates in zip(panels[0], config.updates):
+        for objective in OBJECTIVES:
+            scores = found[objective][updates]
+            panel.plot(list(scores), list(scores.values()), marker="o", label=objective)
+        panel.set(xscale="log", xlabel="learning rate")
+        panel.set_title(f"{updates} update{'s' * (updates > 1)} a step")
+        panel.grid(alpha=0.3)
+    panels[0, 0].set(ylabel="accuracy of all samples")
+    panels[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def row_of(found: dict, config: Config) -> dict:
+    """The figures of an objective with a number of updates: means over seeds, and a range."""
+    runs = list(found["seeds"].values())
+    samples = COMPLETIONS * config.steps
+    ends = [float(numpy.interp(samples, run["samples"], run["accuracy"])) for run in runs]
+    third = COMPLETIONS * config.steps // 3
+    early = [float(numpy.interp(third, run["samples"], run["accuracy"])) for run in runs]
+    return {
+        "lr": found["lr"],
+        "accuracy_at_a_third": mean(early),
+        "accuracy": mean(ends),
+        "least": min(ends),
+        "most": max(ends),
+        "sampled_accuracy": mean(mean(run["sampled_accuracy"][-4:]) for run in runs),
+        "seconds_per_step": mean(run["seconds"][-1] for run in runs) / config.steps,
+        "clip_fraction": mean(mean(v or 0.0 for v in run["clip_fraction"]) for run in runs),
+        "ess": mean(mean(1.0 if v is None else v for v in run["ess"]) for run in runs),
+        "lowest_ess": min(min(1.0 if v is None else v for v in run["ess"]) for run in runs),
+        "kl": mean(run["kl"] for run in runs),
+        "entropy": mean(run["entropy"][-1] for run in runs),
+    }
+
+
+def to_markdown(config: Config, runs: dict) -> str:
+    samples = f"{COMPLETIONS * config.steps:,} samples"
+    heads = ["updates", "objective", "lr", f"after {samples} [seeds]", "after a third of them"]
+    heads += ["sampled, last 4 steps", "s a step", "clipped", "ESS, lowest", "KL", "entropy"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for updates in config.updates:
+        for objective in OBJECTIVES:
+            row = runs[objective][updates]["row"]
+            cells = [f"{updates}", objective, f"{row['lr']:g}"]
+            cells += [f"{row['accuracy']:.3f} [{row['least']:.3f}, {row['most']:.3f}]"]
+            cells += [f"{row['accuracy_at_a_third']:.3f}", f"{row['sampled_accuracy']:.3f}"]
+            cells += [f"{row['seconds_per_step']:.2f}"]
+            cells += [f"{row['clip_fraction']:.2g}", f"{row['ess']:.3f}, {row['lowest_ess']:.2f}"]
+            cells += [f"{row['kl']:.3f}", f"{row['entropy']:.3f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(config: Config) -> None:
+    found = {objective: search(config, objective) for objective in OBJECTIVES}
+    runs = {objective: {} for objective in OBJECTIVES}
+    for updates in config.updates:
+        for objective in OBJECTIVES:
+            scores = found[objective][updates]
+            lr = max(scores, key=scores.get)
+            seeds = finish(config, objective, updates, lr)
+            runs[objective][updates] = {"lr": lr, "seeds": seeds}
+            runs[objective][updates]["row"] = row_of(runs[objective][updates], config)
+    text = to_markdown(config, runs)
+    report = {
+        "command": "python benchmarks/off_policy.py",
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(),
+        "task": {name: str(value).removeprefix(f"{ROOT}/") for name, value in TASK.items()},
+        "search": found,
+        "runs": runs,
+        "table": text.splitlines(),
+    }
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / "off_policy.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw_runs(config, runs, config.output / "off_policy.png")
+    draw_search(config, found, config.output / "off_policy_search.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
