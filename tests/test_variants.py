@@ -13,8 +13,10 @@ LESSON = ("train.py", "loss.py", "replay_buffer.py")
 MOST_CHANGED_LINES = {
     "experiment_accelerate": 120,
     "experiment_async": 115,
+    "experiment_cispo": 25,
     "experiment_drgrpo": 20,
     "experiment_dapo": 105,
+    "experiment_gspo": 40,
     "experiment_ifeval": 330,
     "experiment_reward_model": 235,
     "experiment_multiturn_tool_calling": 300,

@@ -49,8 +49,9 @@ READINGS = {
     "loss": "Not a measure of success: in the first update it is 0 by construction (GRPO).",
     "grad_norm": "Length of the gradient before it is scaled down to --max-norm. Look for jumps.",
     "grad_clip_fraction": "Share of the updates whose gradient was scaled down.",
-    "clip_fraction": "Share of tokens whose gradient the clip took away. 0 in a step's first "
-    "update. A few per cent are usual; with many more, lower --lr.",
+    "clip_fraction": "Share of tokens whose gradient the clip took away; in CISPO: bounded. 0 in a "
+    "step's first update. GRPO's is a few per cent at most; with more, lower --lr. GSPO's "
+    "may be half.",
     "ess": "Effective sample size, a share: 1 where all ratios are 1.",
     "max_log_prob_gap": "The largest difference of a token's log-prob, sampled against "
     "recomputed. 1e-5 in float32 and 0.1 to 1 in bfloat16 is rounding. More is a bug, or, with "
