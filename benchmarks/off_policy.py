@@ -2,11 +2,14 @@
 
     python benchmarks/off_policy.py     # 80 minutes; stop it and start it again as you like
 
-GRPO, Dr. GRPO, DAPO, GSPO and CISPO, and GRPO without any clip to compare with. Each takes the 128
-completions of a step in 1, 4 or 16 updates. With 16, an update sees one group, and the last one is
-15 updates away from the policy that sampled. The task leaves room: sums of two to six terms, and a
-policy that checks its reasoning up to three times (data/README.md). No run has a KL term, so that
-the objective alone holds the policy back.
+GRPO, Dr. GRPO, DAPO, GSPO and CISPO as published, each with its own weights of tokens, and GRPO
+without any clip to compare with. Each takes the 128 completions of a step in 1, 4 or 16 updates.
+With 16, an update sees one group, and the last one is 15 updates away from the policy that sampled.
+(Groups without spread have no update. DAPO replaces them.) The task leaves room: sums of two to six
+terms, and a policy that checks its reasoning up to three times (data/README.md). No run has a KL
+term: what holds the policy back is the objective, the learning rate and max_norm.
+
+With one update every ratio is 1. Then GRPO without clip is GRPO, and so is GSPO but for rounding.
 
 1. The search: the same learning rates for every objective and number of updates, one seed, short
    runs. The best one has the highest sampled accuracy, as a mean over its steps. Held-out prompts
@@ -78,7 +81,7 @@ class Config:
     search_seed: int = 0
     search_steps: int = 8
     seeds: tuple[int, ...] = (42, 1, 2)
-    steps: int = 20
+    steps: int = 16
     jobs: int = 2
     log_dir: Path = Path("runs")
     checkpoint_path: Path = Path("output")
@@ -167,7 +170,8 @@ def seconds_at_evaluations(lines: list[dict]) -> list[float]:
     for before, step in zip(evaluated, evaluated[1:]):
         count = step - before
         others = elapsed[step] - elapsed[before + 1]
-        seconds.append(seconds[-1] + others * count / (count - 1))
+        mean_step = others / (count - 1) if count > 1 else 0.0
+        seconds.append(seconds[-1] + mean_step * count)
     return seconds
 
 
@@ -184,6 +188,7 @@ def summarise(lines: list[dict]) -> dict:
         "sampled_accuracy": [line["reward_accuracy"] for line in lines[1:]],
         "clip_fraction": [line["clip_fraction"] for line in lines[1:]],
         "ess": [line["ess"] for line in lines[1:]],
+        "grad_clip_fraction": [line["grad_clip_fraction"] for line in lines[1:]],
         "entropy": [line["entropy"] for line in lines[1:]],
     }
 
@@ -300,6 +305,7 @@ def row_of(found: dict, config: Config) -> dict:
     early = [float(numpy.interp(third, run["samples"], run["accuracy"])) for run in runs]
     return {
         "lr": found["lr"],
+        "samples": mean(run["samples"][-1] for run in runs),
         "accuracy_at_a_third": mean(early),
         "accuracy": mean(ends),
         "least": min(ends),
@@ -307,6 +313,7 @@ def row_of(found: dict, config: Config) -> dict:
         "sampled_accuracy": mean(mean(run["sampled_accuracy"][-4:]) for run in runs),
         "seconds_per_step": mean(run["seconds"][-1] for run in runs) / config.steps,
         "clip_fraction": mean(mean(v or 0.0 for v in run["clip_fraction"]) for run in runs),
+        "grad_clip_fraction": mean(mean(run["grad_clip_fraction"]) for run in runs),
         "ess": mean(mean(1.0 if v is None else v for v in run["ess"]) for run in runs),
         "lowest_ess": min(min(1.0 if v is None else v for v in run["ess"]) for run in runs),
         "kl": mean(run["kl"] for run in runs),
@@ -315,18 +322,22 @@ def row_of(found: dict, config: Config) -> dict:
 
 
 def to_markdown(config: Config, runs: dict) -> str:
+    """A line an objective and number of updates. * marks a learning rate at the search's edge."""
     samples = f"{COMPLETIONS * config.steps:,} samples"
-    heads = ["updates", "objective", "lr", f"after {samples} [seeds]", "after a third of them"]
-    heads += ["sampled, last 4 steps", "s a step", "clipped", "ESS, lowest", "KL", "entropy"]
+    heads = ["updates", "objective", "lr", f"held out after {samples} [seeds]", "after a third"]
+    heads += ["sampled, last 4 steps", "samples in all", "s a step", "clipped", "max_norm"]
+    heads += ["ESS, lowest", "KL", "entropy"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for updates in config.updates:
         for objective in OBJECTIVES:
             row = runs[objective][updates]["row"]
-            cells = [f"{updates}", objective, f"{row['lr']:g}"]
+            is_edge = row["lr"] in (min(config.lrs), max(config.lrs))
+            cells = [f"{updates}", objective, f"{row['lr']:g}{'*' * is_edge}"]
             cells += [f"{row['accuracy']:.3f} [{row['least']:.3f}, {row['most']:.3f}]"]
             cells += [f"{row['accuracy_at_a_third']:.3f}", f"{row['sampled_accuracy']:.3f}"]
-            cells += [f"{row['seconds_per_step']:.2f}"]
-            cells += [f"{row['clip_fraction']:.2g}", f"{row['ess']:.3f}, {row['lowest_ess']:.2f}"]
+            cells += [f"{row['samples']:,.0f}", f"{row['seconds_per_step']:.2f}"]
+            cells += [f"{row['clip_fraction']:.2g}", f"{row['grad_clip_fraction']:.2g}"]
+            cells += [f"{row['ess']:.3f}, {row['lowest_ess']:.2f}"]
             cells += [f"{row['kl']:.3f}", f"{row['entropy']:.3f}"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -8,8 +8,9 @@ The paper maximises, over groups of G completions o_1 ... o_G of a prompt q,
         ratio_it = pi(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t)
 
 stopgrad: taken as a constant. So it is the policy gradient of REINFORCE, each token weighted by
-how much likelier it has become since it was sampled. Where the ratio is 1, at a step's first
-update, the gradient is GRPO's.
+how much likelier it has become since it was sampled. Below the bound it is the gradient of GRPO
+without its clip. At a step's first update, where the ratio is 1, it is that of GRPO (but for the
+weights of tokens).
 
     paper              here
     o_i, |o_i|         a completion, the number of its sampled tokens

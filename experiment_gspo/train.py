@@ -5,7 +5,7 @@ completion was sampled, and rewarded, as a whole. GSPO takes one ratio for the c
 geometric mean of its tokens' ratios. All of its tokens are clipped together, or none.
 
     python experiment_gspo/train.py    # the embedded policy, on a laptop's CPU, in a minute
-    diff experiment_base/loss.py experiment_gspo/loss.py    # all that differs from GRPO
+    diff experiment_base/loss.py experiment_gspo/loss.py    # the objective
 
 The words, with the numbers of the default:
 

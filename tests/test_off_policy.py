@@ -13,7 +13,8 @@ def lines_of(accuracies, seconds, **more):
     lines = [{"step": 0, "eval_accuracy": accuracies[0]}]
     for i, elapsed in enumerate(seconds):
         step = {"step": i + 1, "elapsed_seconds": elapsed, "reward_accuracy": 0.5, "entropy": 0.1}
-        step |= {"clip_fraction": 0.0, "ess": 1.0, **{name: of[i] for name, of in more.items()}}
+        step |= {"clip_fraction": 0.0, "ess": 1.0, "grad_clip_fraction": 0.0}
+        step |= {name: of[i] for name, of in more.items()}
         if (i + 1) % 2 == 0:
             step["eval_accuracy"] = accuracies[(i + 1) // 2]
         lines.append(step)
