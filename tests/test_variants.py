@@ -64,6 +64,15 @@ def test_its_readme_says_how_long_the_diff_is(experiment):
     assert said == tuple(str(sum(line[0] == sign for line in lines)) for sign in "-+")
 
 
+def test_the_table_of_all_objectives_has_the_lines_of_each():
+    section = (ROOT / "benchmarks" / "README.md").read_text().split("## All objectives")[1]
+    rows = re.findall(r"^\| .*\(`(experiment_\w+)`\) (.*)$", section, re.MULTILINE)
+    assert len(rows) == 5
+    for experiment, cells in rows:
+        counts = [len(changed_lines(experiment, name, "experiment_base")) for name in LESSON]
+        assert f"| {sum(counts)} |" in cells, experiment
+
+
 @pytest.mark.parametrize("experiment", ["experiment_drgrpo"])
 def test_its_readme_opens_with_the_diff(experiment):
     """Every changed line of train.py, header docstring apart, and no other."""
