@@ -162,7 +162,7 @@ def tokens_seen(policy_loss, log_probs, weights, ratio, clipped, kl) -> dict[str
         "ratio": ratio.detach(),
         "clipped": clipped,
         "kl": None if kl is None else kl.detach(),
-        "push": -gradient,
+        "push": 0.0 - gradient,
     }
 
 

@@ -45,12 +45,13 @@ def sequence_ratio(log_probs: Tensor, micro_batch) -> Tensor:
     """s_i of each token's completion: the geometric mean of its tokens' ratios. (sampled tokens,)
 
     It equals, for every completion alone: (log_probs - old_log_probs).mean().exp()
+    (but for tokens whose log-ratio is beyond +-20, which counts as +-20)
     """
     difference = log_ratio(log_probs, micro_batch.old_log_probs)
     completion = micro_batch.completion  # (sampled tokens,), the number of each one's completion
-    zeros = difference.new_zeros(len(micro_batch.origins))  # (completions,)
-    sums = zeros.index_add(0, completion, difference)
-    lengths = zeros.index_add(0, completion, torch.ones_like(difference))
+    count = len(micro_batch.origins)
+    sums = difference.new_zeros(count).index_add(0, completion, difference)  # (completions,)
+    lengths = completion.bincount(minlength=count)
     return (sums / lengths).exp()[completion]
 
 
@@ -178,7 +179,7 @@ def tokens_seen(policy_loss, log_probs, weights, ratio, clipped, kl) -> dict[str
         "ratio": ratio.detach(),
         "clipped": clipped,
         "kl": None if kl is None else kl.detach(),
-        "push": -gradient,
+        "push": 0.0 - gradient,
     }
 
 

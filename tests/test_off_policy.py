@@ -1,6 +1,11 @@
 """benchmarks/off_policy.py: what it makes of its runs' logs. The runs take too long for a test."""
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
 
 import pytest
 from helpers import ROOT, load_benchmark
@@ -36,6 +41,12 @@ def test_dapo_counts_all_that_it_sampled():
     assert off_policy.summarise(lines)["samples"] == [0, 256]
 
 
+def test_the_lowest_of_the_rates_that_one_seed_cannot_tell_apart():
+    scores = {1e-5: 0.3, 5e-5: 0.495, 1e-4: 0.51, 5e-4: 0.4}
+    assert off_policy.choose(scores, 0.02) == 5e-5
+    assert off_policy.choose(scores, 0.0) == 1e-4
+
+
 def test_curves_are_compared_at_equal_samples():
     runs = {
         1: {"samples": [0, 100, 200], "accuracy": [0.0, 0.5, 0.6]},
@@ -61,7 +72,51 @@ def test_report_is_of_the_command_that_the_readme_names():
         for updates, of in found.items():
             scores = report["search"][objective][updates]
             assert [float(lr) for lr in scores] == sorted(config.lrs)
-            assert of["lr"] == float(max(scores, key=scores.get))
+            scores = {float(lr): score for lr, score in scores.items()}
+            if updates == "1" and objective in off_policy.GRPO_WITH_ONE_UPDATE:
+                assert of == report["runs"]["GRPO"]["1"]
+            else:
+                assert of["lr"] == off_policy.choose(scores, config.search_margin)
             assert list(of["seeds"]) == [str(seed) for seed in config.seeds]
             for run in of["seeds"].values():
                 assert len(run["ess"]) == config.steps
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"updates": (1, 3)}, "--updates: must be some of 1, 2, 4, 8, 16"),
+        ({"updates": ()}, "--updates: needs one value or several"),
+        ({"seeds": (1, 1)}, "--seeds: needs one value or several, each once"),
+        ({"seeds": (-1,)}, "must be 0 or more"),
+        ({"steps": 0}, "--steps: must be a multiple of 4"),
+        ({"search_steps": 5}, "--search-steps: must be a multiple of 4"),
+        ({"lrs": (1e-5, float("nan"))}, "--lrs: must be above 0"),
+        ({"search_margin": float("nan")}, "--search-margin at least 0"),
+        ({"output": ROOT / "README.md"}, "--output"),
+    ],
+)
+def test_wrong_values_end_in_one_line_before_the_first_run(changes, words):
+    with pytest.raises(SystemExit) as error:
+        off_policy.main(off_policy.Config(**changes))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_signal_is_passed_on_and_waited_for(tmp_path):
+    """Bug: Ctrl-C killed the sweep, whose runs lost their steps; SIGTERM left it running."""
+    child = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        f"open({str(tmp_path / 'ready')!r}, 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+
+    def stop():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert off_policy.finish_process([sys.executable, "-c", child]) == 7
+    thread.join()
