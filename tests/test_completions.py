@@ -179,6 +179,8 @@ def test_push_is_the_gradient_that_autograd_finds(experiment):
         sampled_log_probs=log_probs.detach() + 0.5 * torch.randn(tokens),
         advantages=torch.randn(tokens),
         weights=torch.rand(tokens),
+        completion=torch.arange(tokens) // 2,  # for GSPO: twenty of two tokens
+        origins=[None] * 20,
     )
     cap = (2.0,) if experiment == "experiment_async" else ()
     loss.GRPOLoss(0.2, 0.2, 0.0, *cap)(log_probs, batch).backward()
