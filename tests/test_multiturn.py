@@ -277,7 +277,8 @@ def test_environment_tokens_are_in_no_loss_no_kl_and_no_denominator(monkeypatch)
             micro_batch.old_log_probs = micro_batch.sampled_log_probs
             micro_batch.reference_log_probs = micro_batch.sampled_log_probs - 0.1
             objective = experiment.loss.GRPOLoss(0.2, 0.2, 0.01)
-            losses.append(objective(micro_batch.sampled_log_probs + 0.05, micro_batch))
+            log_probs = (micro_batch.sampled_log_probs + 0.05).requires_grad_()
+            losses.append(objective(log_probs, micro_batch))
         weights = torch.cat([micro_batch.weights for micro_batch in micro_batches])
         return sum(losses).item(), weights.sum().item()
 
