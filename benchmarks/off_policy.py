@@ -47,8 +47,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 from plot import read_metrics  # noqa: E402
 from runner import TIED, fail, write_aside  # noqa: E402
-from sweep import draw_range  # noqa: E402
-from variants import log_ratios, sample  # noqa: E402
+from sweep import draw_range, range_of  # noqa: E402
+from variants import SETTING, log_ratios, sample  # noqa: E402
 from vs_trl import describe_machine  # noqa: E402
 
 OBJECTIVES = {  # name -> experiment, its own flags
@@ -63,16 +63,10 @@ GRPO_WITH_ONE_UPDATE = ("GRPO without clip", "GSPO")
 COMPLETIONS = 128  # of a step
 GROUP_SIZE = 8
 EVAL_INTERVAL = 4
-TASK = {
-    "model_name": str(ROOT / "data" / "policy_math_long"),
-    "data_path": str(ROOT / "data" / "math_tasks_long.jsonl"),
-    "max_terms": 6,
-    "max_prompts": 4096,
+TASK = SETTING | {
+    "epochs": 1,  # no prompt comes twice
     "max_eval_prompts": 256,
-    "max_new_tokens": 256,
-    "max_length": 384,
     "kl_weight": 0.0,
-    "precision": "float32",
     "eval_interval": EVAL_INTERVAL,
     "checkpoint_interval": 0,
     "log_completions_interval": 0,
@@ -252,23 +246,13 @@ def at_equal(runs: dict[int, dict], measure: str, count: int = 49) -> dict:
     end = min(run[measure][-1] for run in runs.values())
     grid = numpy.linspace(0, end, count)
     curves = [numpy.interp(grid, run[measure], run["accuracy"]) for run in runs.values()]
-    return range_of(grid, curves)
+    return range_of(list(grid), list(zip(*curves)))
 
 
 def over_steps(runs: dict[int, dict], measure: str) -> dict:
     curves = [[value or 0.0 for value in run[measure]] for run in runs.values()]
-    steps = range(1, 1 + min(len(curve) for curve in curves))
-    return range_of(steps, [curve[: len(steps)] for curve in curves])
-
-
-def range_of(places, curves: list) -> dict:
-    columns = list(zip(*curves))
-    return {
-        "steps": list(places),
-        "mean": [mean(column) for column in columns],
-        "least": [min(column) for column in columns],
-        "most": [max(column) for column in columns],
-    }
+    columns = list(zip(*curves))  # as many as the shortest has steps
+    return range_of(list(range(1, 1 + len(columns))), columns)
 
 
 # ---------------------------------------------------------------- pictures and the table

@@ -28,9 +28,9 @@ def batch_of(old, advantages, lengths, weights=None, reference=None):
     )
 
 
-def objective_of(name, kl_weight=0.0, config=None):
+def objective_of(name, kl_weight=0.0):
     """An experiment's objective with its own bounds."""
-    config = config or EXPERIMENTS[name].train.Config()
+    config = EXPERIMENTS[name].train.Config()
     loss = EXPERIMENTS[name].loss
     return loss.GRPOLoss(config.clip_eps_low, config.clip_eps_high, kl_weight)
 
@@ -109,8 +109,8 @@ def off_policy(dtype=torch.float64, seed=3):
     return log_probs, log_probs + noise[0], log_probs + noise[1], mask, advantages
 
 
-def ours(name, log_probs, old, reference, mask, advantages, kl_weight, critic):
-    """(loss, gradient by the padded log-probs) of an experiment's objective."""
+def ours(objective, critic, log_probs, old, reference, mask, advantages):
+    """(loss, gradient by the padded log-probs, what the objective was given)."""
     log_probs = log_probs.clone().requires_grad_()
     weights = torch.stack(token_weights(list(mask), critic, generate_max_length=10))
     sampled = mask.bool()
@@ -118,7 +118,7 @@ def ours(name, log_probs, old, reference, mask, advantages, kl_weight, critic):
     batch = batch_of(
         old[sampled], advantages.tolist(), lengths, weights[sampled], reference[sampled]
     )
-    loss = objective_of(name, kl_weight)(log_probs[sampled], batch)
+    loss = objective(log_probs[sampled], batch)
     loss.backward()
     return loss, log_probs.grad, batch
 
@@ -131,8 +131,9 @@ CRITIC = {"gspo": "grpo", "cispo": "dapo"}
 def test_loss_and_gradient_equal_the_formula(name, kl_weight):
     """Equation 5 of 2507.18071, equations 4 and 5 of 2506.13585, one completion at a time."""
     log_probs, old, reference, mask, advantages = off_policy()
+    objective = objective_of(name, kl_weight)
     loss, gradient, batch = ours(
-        name, log_probs, old, reference, mask, advantages, kl_weight, CRITIC[name]
+        objective, CRITIC[name], log_probs, old, reference, mask, advantages
     )
     policy = log_probs.clone().requires_grad_()
     terms = []
@@ -145,8 +146,8 @@ def test_loss_and_gradient_equal_the_formula(name, kl_weight):
         if name == "gspo":
             s = ratio.prod() ** (1 / len(now))
             bounded = s.clamp(1 - 3e-4, 1 + 4e-4)
-            objective = torch.min(s * advantages[i], bounded * advantages[i])
-            terms.append((-objective + kl.mean())[None])
+            surrogate = torch.min(s * advantages[i], bounded * advantages[i])
+            terms.append((-surrogate + kl.mean())[None])
         else:
             with torch.no_grad():
                 weight = ratio.clamp(max=5)
@@ -166,16 +167,11 @@ def test_gspo_is_trls_sequence_level_ratio(eps_low, eps_high, kl_weight):
     tensors = (theirs, mask, old, reference, advantages)
     expected, figures = trl_loss("grpo", eps_low, eps_high, kl_weight, *tensors, level="sequence")
     expected.backward()
-    weights = torch.stack(token_weights(list(mask), "grpo", generate_max_length=10))
-    policy, sampled = log_probs.clone().requires_grad_(), mask.bool()
-    lengths = mask.sum(1).long().tolist()
-    flat = [x[sampled] for x in (weights, reference)]
-    batch = batch_of(old[sampled], advantages.tolist(), lengths, *flat)
-    loss = EXPERIMENTS["gspo"].loss.GRPOLoss(eps_low, eps_high, kl_weight)(policy[sampled], batch)
-    loss.backward()
+    objective = EXPERIMENTS["gspo"].loss.GRPOLoss(eps_low, eps_high, kl_weight)
+    loss, gradient, _ = ours(objective, "grpo", log_probs, old, reference, mask, advantages)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
-    torch.testing.assert_close(policy.grad, theirs.grad, rtol=1e-9, atol=1e-15)
-    assert figures["clip_ratio/region_mean"] > 0 and policy.grad[sampled].abs().max() > 0
+    torch.testing.assert_close(gradient, theirs.grad, rtol=1e-9, atol=1e-15)
+    assert figures["clip_ratio/region_mean"] > 0 and gradient[mask.bool()].abs().max() > 0
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.1])
@@ -187,16 +183,11 @@ def test_cispo_is_trls(cap, kl_weight):
     tensors = (theirs, mask, old, reference, advantages)
     expected, _ = trl_loss("cispo", 0.2, cap, kl_weight, *tensors)
     expected.backward()
-    weights = torch.stack(token_weights(list(mask), "dapo", generate_max_length=10))
-    policy, sampled = log_probs.clone().requires_grad_(), mask.bool()
-    flat = [x[sampled] for x in (weights, reference)]
-    lengths = mask.sum(1).long().tolist()
-    batch = batch_of(old[sampled], advantages.tolist(), lengths, *flat)
-    loss = EXPERIMENTS["cispo"].loss.GRPOLoss(1.0, cap - 1, kl_weight)(policy[sampled], batch)
-    loss.backward()
+    objective = EXPERIMENTS["cispo"].loss.GRPOLoss(1.0, cap - 1, kl_weight)
+    loss, gradient, batch = ours(objective, "dapo", log_probs, old, reference, mask, advantages)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
-    torch.testing.assert_close(policy.grad, theirs.grad, rtol=1e-9, atol=1e-15)
-    assert 0 < batch.seen["clipped"].sum() < len(weights[sampled])
+    torch.testing.assert_close(gradient, theirs.grad, rtol=1e-9, atol=1e-15)
+    assert 0 < batch.seen["clipped"].sum() < len(batch.weights)
 
 
 # ---------------------------------------------------------------- properties
@@ -205,9 +196,9 @@ def test_the_first_update_is_grpos(name):
     """Before any update every ratio is 1, and the gradient does not depend on how ratios are
     clipped. The token weights are the same on both sides here."""
     log_probs, _, _, mask, advantages = off_policy()
-    arguments = (log_probs, log_probs, log_probs, mask, advantages, 0.0, CRITIC[name])
-    _, gradient, _ = ours(name, *arguments)
-    _, expected, _ = ours("base", *arguments)
+    arguments = (CRITIC[name], log_probs, log_probs, log_probs, mask, advantages)
+    _, gradient, _ = ours(objective_of(name), *arguments)
+    _, expected, _ = ours(objective_of("base"), *arguments)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
 
 

@@ -231,8 +231,13 @@ def curves_of(runs: dict, measure: str) -> dict:
         [line[measure] for line in column if line[measure] is not None]
         for column in zip(*evaluated)
     ]
+    return range_of([line["step"] for line in evaluated[0]], columns)
+
+
+def range_of(steps: list, columns: list) -> dict:
+    """What `draw_range` draws. columns: at each step, the values of the seeds that have one."""
     return {
-        "steps": [line["step"] for line in evaluated[0]],
+        "steps": steps,
         "mean": [mean(column) if column else None for column in columns],
         "least": [min(column) if column else None for column in columns],
         "most": [max(column) if column else None for column in columns],
