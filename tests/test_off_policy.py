@@ -90,7 +90,7 @@ def test_report_is_of_the_command_that_the_readme_names():
         ({"seeds": (1, 1)}, "--seeds: needs one value or several, each once"),
         ({"seeds": (-1,)}, "must be 0 or more"),
         ({"steps": 0}, "--steps: must be a multiple of 4"),
-        ({"search_steps": 5}, "--search-steps: must be a multiple of 4"),
+        ({"steps": 6}, "--steps: must be a multiple of 4"),
         ({"lrs": (1e-5, float("nan"))}, "--lrs: must be above 0"),
         ({"search_margin": float("nan")}, "--search-margin at least 0"),
         ({"output": ROOT / "README.md"}, "--output"),
