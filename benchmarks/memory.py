@@ -1,8 +1,9 @@
 """Does it fit? The peak memory of experiment_base on a GPU, computed without one.
 
-    python benchmarks/memory.py                       # a table of many models, in 20 minutes
+    python benchmarks/memory.py                       # a table of many models, in 6 minutes
     python benchmarks/memory.py --model-name Qwen/Qwen2.5-1.5B-Instruct --lora-rank 16 --card 24
     python benchmarks/memory.py --measured            # held against what a card has shown
+    python benchmarks/memory.py --resident            # and against what this CPU shows
 
 The real code runs (load_model, sequences_log_probs, GRPOLoss, sample_captured) on fake tensors,
 which have shapes but no memory, and every allocation is counted for as long as it lives. What a
@@ -11,16 +12,22 @@ optimizer's state.
 
 The figures are PyTorch's own (`torch.cuda.max_memory_allocated`), with groups of 8, full-length
 completions that part at once, and KL 0.01 (in full training the reference is a second model). CUDA
-itself takes about 1 GiB more, and about a tenth is lost between allocations: "fits" counts both.
+itself takes about 1 GiB more, and about a tenth is lost between allocations: "card" counts both.
 """
 
+import bisect
+import datetime
 import gc
 import json
+import math
+import multiprocessing
+import os
 import subprocess
 import sys
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from unittest import mock
@@ -34,14 +41,19 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiment_base"))
+sys.path.append(str(ROOT / "tools"))
 import captured  # noqa: E402
 import kv_cache  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+from runner import write_aside  # noqa: E402
 from shapes import SHAPES, model_config_of  # noqa: E402
 
 GIB = 2**30
+LENGTHS = (512, 2048)  # new tokens, in the table
 GRANULE = 512  # bytes; PyTorch's allocator rounds up to them
+PHASES = ("training", "sampling", "evaluation")
+FEW_LAYERS = (2, 3)  # that are simulated
 
 
 @dataclass(frozen=True)
@@ -76,10 +88,11 @@ class Options(Case):
     model_name: str | None = None
     # GiB. Suggests the largest micro_batch_tokens and sample_rows that fit.
     card: float | None = None
+    # Of the table.
+    output: Path = ROOT / "results" / "memory.json"
     # Only hold the estimates against results/memory_h100.json.
     measured: bool = False
-    # Only hold the method against the resident memory of small models on this CPU. The estimates
-    # are too low there: 0.64 (LoRA) and 0.89 of what SmolLM2-135M took.
+    # Only hold the method against the resident memory of small models on this CPU.
     resident: bool = False
 
 
@@ -182,10 +195,12 @@ class Product4bit(torch.autograd.Function):
         return gradient @ weight, None
 
 
-def make_model(name: str, config, device, trainable: bool):
+def make_model(name: str, config, device, trainable: bool, layers: int | None = None):
     """Instead of load_pretrained: a model of that shape, with random weights or fake ones."""
     dtype = torch.float32 if trainable else getattr(torch, config.precision)
     shape = model_config_of(name)
+    if layers:
+        shape.num_hidden_layers = layers
     made = transformers.AutoModelForCausalLM.from_config(
         shape, dtype=dtype, attn_implementation="sdpa"
     )
@@ -224,13 +239,13 @@ def optimizer_state(policy, config) -> list:
 
 
 @contextmanager
-def fake_gpu():
-    """Fake tensors, counted; yields (counter, fake mode)."""
+def fake_gpu(layers: int):
+    """Fake tensors, counted, and models of so many layers; yields (counter, fake mode)."""
     attention = "torch.nn.functional.scaled_dot_product_attention"
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with (
         mock.patch(attention, efficient_attention),
-        mock.patch.object(model, "load_pretrained", make_model),
+        mock.patch.object(model, "load_pretrained", partial(make_model, layers=layers)),
         mock.patch.object(model, "base_model_of", lambda name: name),
         mock.patch.object(model, "halve_linear_layers", halve),
         mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module),
@@ -272,24 +287,48 @@ def largest_micro_batch(case: Case, config):
     return micro_batch
 
 
-def estimate(case: Case) -> dict[str, int]:
-    """Bytes at the peak of training, sampling and evaluation."""
+def estimate(case: Case, phases: tuple[str, ...] = PHASES) -> dict[str, int]:
+    """Bytes at the peak of each phase.
+
+    All layers are alike, so at any moment memory is a straight line in their number: few are
+    simulated, and the line through them goes on. A phase's peak is that of its moments.
+    """
+    few, more = FEW_LAYERS
+    first, second = simulate(case, phases, few), simulate(case, phases, more)
+    beyond = (model_config_of(case.model_name).num_hidden_layers - few) / (more - few)
+
+    def peak(phase: str) -> int:
+        pairs = zip(first[phase], second[phase])
+        return round(
+            max(bytes_ + beyond * (bytes_of_more - bytes_) for bytes_, bytes_of_more in pairs)
+        )
+
+    return {phase: peak(phase) for phase in phases}
+
+
+def simulate(case: Case, phases: tuple[str, ...], layers: int) -> dict[str, list[int]]:
+    """Bytes at the peak of each moment of the phases, with so many layers."""
     config = case.config()
-    micro_batch = largest_micro_batch(case, config)
-    with fake_gpu() as (counter, mode):
+    micro_batch = largest_micro_batch(case, config) if "training" in phases else None
+    gc.freeze()  # what libraries have made: take_peak's collections pass over it
+    with fake_gpu(layers) as (counter, mode):
         policy, reference = train.load_model(config, torch.device("cpu"))
         model.let_autocast_cast(policy)
         state = optimizer_state(policy, config)
-        tensors = {k: v for k, v in vars(micro_batch).items() if isinstance(v, torch.Tensor)}
-        fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-        peaks = {"training": train_once(policy, replace(micro_batch, **fakes), config, counter)}
-        peaks["sampling"] = sample_once(policy, case, config, counter, case.group_size)
-        peaks["evaluation"] = sample_once(policy, case, config, counter, 1)
+        moments = {}
+        if "training" in phases:
+            tensors = {k: v for k, v in vars(micro_batch).items() if isinstance(v, torch.Tensor)}
+            fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+            moments["training"] = train_once(policy, replace(micro_batch, **fakes), config, counter)
+        if "sampling" in phases:
+            moments["sampling"] = sample_once(policy, case, config, counter, case.group_size)
+        if "evaluation" in phases:
+            moments["evaluation"] = sample_once(policy, case, config, counter, 1)
         del state, reference  # alive until here
-    return peaks
+    return moments
 
 
-def train_once(policy, micro_batch, config, counter: Counter) -> int:
+def train_once(policy, micro_batch, config, counter: Counter) -> list[int]:
     """A micro-batch that is not the update's first: gradients are there already."""
     for parameter in policy.parameters():
         if parameter.requires_grad:
@@ -297,32 +336,36 @@ def train_once(policy, micro_batch, config, counter: Counter) -> int:
     counter.take_peak()
     objective = train.GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
     policy.train()
-    objective(train.sequences_log_probs(policy, micro_batch, config), micro_batch).backward()
-    peak = counter.take_peak()
+    loss = objective(train.sequences_log_probs(policy, micro_batch, config), micro_batch)
+    forward = counter.take_peak()
+    loss.backward()
+    backward = counter.take_peak()
     objective.token_sums.clear()
     policy.zero_grad()
     counter.take_peak()
-    return peak
+    return [forward, backward]
 
 
 @torch.no_grad()
-def sample_once(policy, case: Case, config, counter: Counter, group_size: int) -> int:
+def sample_once(policy, case: Case, config, counter: Counter, group_size: int) -> list[int]:
     """The forward of all prompts, and that of the last token of all completions."""
     policy.eval()
     count = case.sample_rows // group_size
     rows = [tuple(range(i, i + case.prompt_tokens)) for i in range(count)]
     row_of = torch.arange(case.sample_rows) // group_size
     if config.load_in_4bit or config.precision == "float32":
-        last_token(policy, rows, row_of, config)
+        moments = last_token(policy, rows, row_of, config)
     else:
-        last_token_captured(policy, rows, row_of, config)
-    return counter.take_peak()
+        moments = last_token_captured(policy, rows, row_of, config)
+    return [counter.take_peak() for _ in moments]
 
 
-def last_token_captured(policy, rows, row_of, config) -> None:
+def last_token_captured(policy, rows, row_of, config):
     """As sample_captured, when no completion has ended."""
     with captured.PlainModel(policy, config) as plain:
+        yield
         cache, mask, logits = kv_cache.prefill(plain, rows, None)
+        yield
         decoder = captured.Decoder(plain, cache, mask, config)
         del cache, mask
         row_log_probs = model.next_log_probs(logits, config)
@@ -331,21 +374,25 @@ def last_token_captured(policy, rows, row_of, config) -> None:
         del logits, row_log_probs
         with mock.patch.object(captured, "BLOCK", config.max_new_tokens):  # all columns
             decoder.begin_block(row_of)
+        yield
         decoder.one_token()
         torch.empty_like(decoder.log_probs), torch.empty_like(decoder.log_probs)  # noise, scores
+        yield
 
 
-def last_token(policy, rows, row_of, config) -> None:
+def last_token(policy, rows, row_of, config):
     """As sample_plainly, when all completions have parted and none has ended."""
     past = len(rows[0]) + config.max_new_tokens - 1
     half = config.precision != "float32"
     with torch.autocast("cpu", getattr(torch, config.precision), enabled=half):
         cache, mask, logits = kv_cache.prefill(policy, rows, None)
+        yield
         cache.reorder_cache(row_of)
         for layer in cache.layers:
             shape = list(layer.room.shape)
             shape[-2] = past
             layer.make_room(layer.room.new_empty(shape))
+        yield
         output = policy(
             row_of[:, None],
             attention_mask=torch.ones(len(row_of), past + 1, dtype=torch.long),
@@ -355,6 +402,7 @@ def last_token(policy, rows, row_of, config) -> None:
         log_probs = model.next_log_probs(output.logits, config)[row_of]
         probs = log_probs.exp()
         torch.empty_like(probs)  # multinomial's random numbers
+        yield
 
 
 # ---------------------------------------------------------------- answers
@@ -366,56 +414,120 @@ MODES = {
 }
 
 
-def fits(bytes_: float, card: float) -> bool:
-    return 1.1 * bytes_ + GIB <= card * GIB
+def needed(peak: float) -> float:
+    """GiB of a card: CUDA itself takes one, and about a tenth is lost between allocations."""
+    return 1.1 * peak / GIB + 1
 
 
 def answer(case: Case, card: float | None) -> None:
-    peaks = estimate(case)
-    for name, peak in peaks.items():
-        verdict = ""
-        if card:
-            verdict = ", fits" if fits(peak, card) else ", does not fit"
-        print(f"{name:10} {peak / GIB:6.1f} GiB{verdict}")
-    if not card:
-        return
-    for constant, phase in (("micro_batch_tokens", "training"), ("sample_rows", "sampling")):
-        best = largest_that_fits(case, constant, phase, card)
-        if best is None:
-            print(f"{phase} does not fit into {card:g} GiB with any {constant}")
-        else:
-            print(f"the largest that fits: --{constant.replace('_', '-')} {best}")
+    parts = [
+        (case, ("training",), "micro_batch_tokens", micro_batch_sizes(case), card),
+        (case, ("sampling", "evaluation"), "sample_rows", row_counts(case), card),
+    ]
+    with multiprocessing.Pool(2) as pool:
+        (training, tokens), (sampling, rows) = pool.starmap(peaks_and_largest, parts)
+    peaks = training | sampling
+    print(f"{'GiB':10} {'PyTorch':>8} {'card':>8}")
+    for phase, peak in peaks.items():
+        print(f"{phase:10} {peak / GIB:8.1f} {needed(peak):8.1f}")
+    if card is not None:
+        fits = needed(max(peaks.values())) <= card
+        print(f"{'Fits' if fits else 'Does not fit'} into {card:g} GiB. The largest that fit:")
+        print(f"    --micro-batch-tokens {tokens}" if tokens else "    no micro_batch_tokens")
+        print(f"    --sample-rows {rows}" if rows else "    no sample_rows")
 
 
-def largest_that_fits(case: Case, constant: str, phase: str, card: float) -> int | None:
-    """The largest power of two. Training: at least a whole completion; at most 32,768. Sampling:
-    at least a group; at most 512."""
-    least, most = {"training": (256, 32_768), "sampling": (case.group_size, 512)}[phase]
-    if phase == "training":
-        while least < case.prompt_tokens + case.max_new_tokens:
-            least *= 2
-    best = None
-    value = least
-    while value <= most and fits(estimate(replace(case, **{constant: value}))[phase], card):
-        best = value
-        value *= 2
-    return best
+def peaks_and_largest(
+    case: Case, phases: tuple[str, ...], constant: str, values: list[int], card: float | None
+) -> tuple[dict[str, int], int | None]:
+    """The peaks of the phases, and the largest value of the constant with which they fit.
+
+    Memory grows with the value: where the case itself fits, only larger ones are tried, otherwise
+    only smaller ones.
+    """
+    peaks = estimate(case, phases)
+    if card is None:
+        return peaks, None
+    fits = needed(max(peaks.values())) <= card
+    own = getattr(case, constant)
+
+    def is_too_large(value: int) -> bool:
+        # Evaluation has as many rows as sampling, and more prompts.
+        of_value = estimate(replace(case, **{constant: value}), phases[-1:])
+        return needed(max(of_value.values())) > card
+
+    values = [value for value in values if (value > own if fits else value < own)]
+    count = bisect.bisect_left(values, True, key=is_too_large)
+    if count:
+        return peaks, values[count - 1]
+    return peaks, own if fits else None
 
 
-def table() -> None:
-    """Markdown: the peak of training, without and with checkpointing, and of sampling."""
-    print("| model | | " + " | ".join(f"{n} tokens" for n in (512, 2048)) + " |")
-    print("|---|---|---|---|")
+def micro_batch_sizes(case: Case) -> list[int]:
+    """Powers of two up to 16,384 that hold a whole completion."""
+    sizes = [2**power for power in range(8, 15)]
+    return [size for size in sizes if size >= case.prompt_tokens + case.max_new_tokens]
+
+
+def row_counts(case: Case) -> list[int]:
+    """From one group on, doubled up to 512."""
+    counts = [case.group_size * 2**power for power in range(10)]
+    return [count for count in counts if count <= 512]
+
+
+def table(output: Path) -> None:
+    """All models of shapes.py: what a card needs, and the peaks behind it."""
+    rows = []
     for model_name in SHAPES:
         for mode, changes in MODES.items():
-            cells = []
-            for new in (512, 2048):
+            for new in LENGTHS:
                 case = Case(model_name=model_name, max_new_tokens=new, **changes)
-                plain = estimate(case)
-                saving = estimate(replace(case, gradient_checkpointing=True))
-                figures = (plain["training"], saving["training"], plain["sampling"])
-                cells.append(" / ".join(f"{figure / GIB:.1f}" for figure in figures))
-            print(f"| {model_name.split('/')[1]} | {mode} | {' | '.join(cells)} |", flush=True)
+                saving = replace(case, gradient_checkpointing=True)
+                peaks = estimate(case)
+                peaks["training with checkpointing"] = estimate(saving, ("training",))["training"]
+                rows.append({"model": model_name, "mode": mode, "new": new, "bytes": peaks})
+                print(model_name, mode, new, file=sys.stderr, flush=True)
+    report = {
+        "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "needed": needed_of_all(rows),
+        "peaks": peaks_of_all(rows),
+        "rows": rows,
+    }
+    write_aside(output, json.dumps(report, indent=1) + "\n")
+    print("\n".join([*report["needed"], "", *report["peaks"]]))
+
+
+def needed_of_all(rows: list[dict]) -> list[str]:
+    """Markdown: GiB of a card in all phases, with checkpointing, for each length."""
+    lines = [f"| | {' | '.join(MODES)} |", "|---" * (1 + len(MODES)) + "|"]
+    for model_name in SHAPES:
+        cells = [model_name.split("/")[1]]
+        for mode in MODES:
+            cards = []
+            for new in LENGTHS:
+                (peaks,) = [
+                    row["bytes"]
+                    for row in rows
+                    if (row["model"], row["mode"], row["new"]) == (model_name, mode, new)
+                ]
+                peak = max(size for phase, size in peaks.items() if phase != "training")
+                cards.append(f"{math.ceil(needed(peak))}")
+            cells.append(" / ".join(cards))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def peaks_of_all(rows: list[dict]) -> list[str]:
+    """Markdown: the peak of every phase, as PyTorch counts, in GiB."""
+    phases = list(rows[0]["bytes"])
+    lines = [f"| model | | new tokens | {' | '.join(phases)} |"]
+    lines.append("|---" * (3 + len(phases)) + "|")
+    for row in rows:
+        cells = [row["model"].split("/")[1], row["mode"], f"{row['new']:,}"]
+        cells += [f"{row['bytes'][phase] / GIB:.1f}" for phase in phases]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def compare_with_measured() -> None:
@@ -431,13 +543,17 @@ def compare_with_measured() -> None:
 
 
 def compare_with_resident() -> None:
-    """One update in a process of its own, whose memory Linux counts."""
+    """One update in a process of its own, whose memory Linux counts.
+
+    glibc keeps freed blocks for later. With these thresholds it gives each back at once.
+    """
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for model_name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"):
         for changes in ({"lora_rank": 16}, {}, {"gradient_checkpointing": True}):
             case = Case(model_name, precision="float32", micro_batch_tokens=1024, **changes)
             case = replace(case, max_new_tokens=64, kl_weight=0.0)
             command = [sys.executable, __file__, "resident", json.dumps(vars(case))]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
             measured = int(done.stdout.splitlines()[-1])
             estimated = estimate(case)["training"]
             figures = f"measured {measured / GIB:.2f}, estimated {estimated / GIB:.2f} GiB"
@@ -484,7 +600,7 @@ def main(options: Options) -> None:
     elif options.resident:
         compare_with_resident()
     elif options.model_name is None:
-        table()
+        table(options.output)
     else:
         answer(Case(**{f.name: getattr(options, f.name) for f in fields(Case)}), options.card)
 

@@ -67,6 +67,7 @@ TASK = SETTING | {
     "epochs": 1,  # no prompt comes twice
     "max_eval_prompts": 256,
     "kl_weight": 0.0,
+    "eval_interval": EVAL_INTERVAL,
     "checkpoint_interval": 0,
     "log_completions_interval": 0,
 }
@@ -153,7 +154,6 @@ def finish(config: Config, objective: str, updates: int, lr: float) -> dict[int,
         "lr": lr,
         "seed": config.seeds,
         "max_steps": config.steps,
-        "eval_interval": EVAL_INTERVAL,
     }
     name = f"{name_of(objective)}_{updates}_updates"
     table = sweep(config, objective, name, flags)

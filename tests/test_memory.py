@@ -54,13 +54,57 @@ def test_estimates_are_within_a_tenth_of_the_card(row):
 
 
 def test_the_largest_that_fits(monkeypatch):
-    def estimate(case):
+    def estimate(case, phases):
         training = case.micro_batch_tokens * memory.GIB / 1024
-        return {"training": training, "sampling": case.sample_rows * memory.GIB / 8}
+        peaks = {"training": training, "evaluation": case.sample_rows * memory.GIB / 8}
+        return {phase: peaks[phase] for phase in phases}
 
     monkeypatch.setattr(memory, "estimate", estimate)
     case = memory.Case(max_new_tokens=512)
-    largest = memory.largest_that_fits
-    assert largest(case, "micro_batch_tokens", "training", 16) == 8192  # 1.1 x 8 + 1 GiB
-    assert largest(case, "sample_rows", "sampling", 16) == 64
-    assert largest(case, "micro_batch_tokens", "training", 1) is None
+    sizes, counts = memory.micro_batch_sizes(case), memory.row_counts(case)
+    assert sizes == [1024, 2048, 4096, 8192, 16_384]
+    assert counts == [8, 16, 32, 64, 128, 256, 512]
+
+    def tokens(card):
+        peaks, largest = memory.peaks_and_largest(
+            case, ("training",), "micro_batch_tokens", sizes, card
+        )
+        assert peaks == {"training": 4 * memory.GIB}
+        return largest
+
+    def rows(card):
+        return memory.peaks_and_largest(case, ("evaluation",), "sample_rows", counts, card)[1]
+
+    assert tokens(16) == 8192  # 1.1 x 8 + 1 GiB
+    assert tokens(5.5) == 4096  # its own
+    assert tokens(5) == 2048
+    assert tokens(1) is None and tokens(None) is None
+    assert tokens(80) == 16_384
+    assert rows(16) == 64 and rows(5) == 16
+
+
+CHANGES = [
+    {"lora_rank": 16},
+    {"lora_rank": 16, "load_in_4bit": True, "gradient_checkpointing": True},
+    {"optimizer": "adamw8bit", "gradient_checkpointing": True, "kl_weight": 0.0},
+    {"precision": "float32", "max_new_tokens": 64},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_all_layers_are_on_a_line_through_few(changes, monkeypatch):
+    """A model of twelve layers, estimated from two and three, beside itself."""
+    monkeypatch.setitem(memory.SHAPES, "small", ("llama", 256, 1024, 12, 4, 2, 64, 4096, True))
+    case = memory.Case("small", max_new_tokens=128, micro_batch_tokens=1024)
+    case = memory.replace(case, **changes)
+    whole = memory.simulate(case, memory.PHASES, 12)
+    for phase, peak in memory.estimate(case).items():
+        assert peak == pytest.approx(max(whole[phase]), rel=0.005), phase
+
+
+def test_readme_has_what_fits():
+    report = json.loads((ROOT / "results" / "memory.json").read_text())
+    assert report["needed"] == memory.needed_of_all(report["rows"])
+    assert "\n".join(report["needed"]) in (ROOT / "README.md").read_text()
+    assert report["peaks"] == memory.peaks_of_all(report["rows"])
+    assert {row["model"] for row in report["rows"]} == set(memory.SHAPES)
