@@ -46,7 +46,7 @@ import captured  # noqa: E402
 import kv_cache  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from runner import write_aside  # noqa: E402
+from runner import fail, flag_of, write_aside  # noqa: E402
 from shapes import SHAPES, model_config_of  # noqa: E402
 
 GIB = 2**30
@@ -594,7 +594,32 @@ def resident(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
+def check(options: Options) -> None:
+    """Refuse what train.py would refuse, or what no card has."""
+    for name in ("group_size", "max_new_tokens", "micro_batch_tokens", "prompt_tokens"):
+        if getattr(options, name) < 1:
+            fail(f"{flag_of(name)} {getattr(options, name)}: must be at least 1")
+    if options.lora_rank < 0 or not 0 <= options.kl_weight < math.inf:
+        fail("--lora-rank and --kl-weight: must be at least 0")
+    if options.load_in_4bit and not options.lora_rank:
+        fail("--load-in-4bit: 4-bit weights cannot be trained; add --lora-rank 16")
+    if options.sample_rows < options.group_size:
+        group = f"--group-size {options.group_size}"
+        fail(f"--sample-rows {options.sample_rows}: must hold one group, {group}")
+    if options.card is not None and not 0 < options.card < math.inf:
+        fail(f"--card {options.card}: must be the card's memory in GiB, such as 24")
+    if options.card is not None and options.model_name is None:
+        fail("--card: needs --model-name, the model that should fit")
+    if options.model_name is not None:
+        try:
+            model_config_of(options.model_name)
+        except (OSError, ValueError) as error:
+            (first, *_) = str(error).splitlines() or [""]
+            fail(f"--model-name {options.model_name}: no such model here or on the hub ({first})")
+
+
 def main(options: Options) -> None:
+    check(options)
     if options.measured:
         compare_with_measured()
     elif options.resident:

@@ -197,8 +197,10 @@ def test_the_command_on_the_embedded_policy(tmp_path):
     assert "16 held-out prompts" in done.stdout and "policy_math" in done.stdout
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path):
-    """In a directory of its own, which has the repository's files."""
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """In a directory of its own, which has the repository's files. With one thread: two of them
+    wait for each other ten times as long, when another test has a core."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     import nbformat
     from nbclient import NotebookClient
 

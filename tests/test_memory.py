@@ -108,3 +108,23 @@ def test_readme_has_what_fits():
     assert "\n".join(report["needed"]) in (ROOT / "README.md").read_text()
     assert report["peaks"] == memory.peaks_of_all(report["rows"])
     assert {row["model"] for row in report["rows"]} == set(memory.SHAPES)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
+        ({"load_in_4bit": True}, "add --lora-rank 16"),
+        ({"sample_rows": 4}, "--sample-rows 4: must hold one group, --group-size 8"),
+        ({"card": 0.0}, "--card 0.0: must be"),
+        ({"card": float("nan")}, "--card nan: must be"),
+        ({"card": 16.0, "model_name": None}, "--card: needs --model-name"),
+        ({"kl_weight": float("nan")}, "must be at least 0"),
+        ({"model_name": "data"}, "--model-name data: no such model"),
+    ],
+)
+def test_wrong_values_end_in_one_line(changes, words):
+    options = memory.Options(**({"model_name": "Qwen/Qwen2.5-0.5B-Instruct"} | changes))
+    with pytest.raises(SystemExit) as error:
+        memory.main(options)
+    assert words in str(error.value) and "\n" not in str(error.value)
