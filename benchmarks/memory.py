@@ -315,6 +315,7 @@ def simulate(case: Case, phases: tuple[str, ...], layers: int) -> dict[str, list
         policy, reference = train.load_model(config, torch.device("cpu"))
         model.let_autocast_cast(policy)
         state = optimizer_state(policy, config)
+        counter.take_peak()  # loading has its own: 4-bit weights were in half precision before
         moments = {}
         if "training" in phases:
             tensors = {k: v for k, v in vars(micro_batch).items() if isinstance(v, torch.Tensor)}

@@ -110,6 +110,14 @@ def test_readme_has_what_fits():
     assert {row["model"] for row in report["rows"]} == set(memory.SHAPES)
 
 
+def test_loading_is_no_part_of_sampling():
+    """Bug: asked for sampling alone, 4-bit weights were counted as they were before."""
+    case = memory.Case(lora_rank=16, load_in_4bit=True, max_new_tokens=24)
+    both = memory.estimate(case)
+    for phase in ("sampling", "evaluation"):
+        assert memory.estimate(case, (phase,))[phase] == pytest.approx(both[phase], rel=0.01)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
