@@ -46,7 +46,7 @@ import captured  # noqa: E402
 import kv_cache  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from runner import fail, flag_of, write_aside  # noqa: E402
+from runner import fail, write_aside  # noqa: E402
 from shapes import SHAPES, model_config_of  # noqa: E402
 
 GIB = 2**30
@@ -296,14 +296,11 @@ def estimate(case: Case, phases: tuple[str, ...] = PHASES) -> dict[str, int]:
     few, more = FEW_LAYERS
     first, second = simulate(case, phases, few), simulate(case, phases, more)
     beyond = (model_config_of(case.model_name).num_hidden_layers - few) / (more - few)
-
-    def peak(phase: str) -> int:
-        pairs = zip(first[phase], second[phase])
-        return round(
-            max(bytes_ + beyond * (bytes_of_more - bytes_) for bytes_, bytes_of_more in pairs)
-        )
-
-    return {phase: peak(phase) for phase in phases}
+    peaks = {}
+    for phase in phases:
+        moments = zip(first[phase], second[phase])
+        peaks[phase] = round(max(low + beyond * (high - low) for low, high in moments))
+    return peaks
 
 
 def simulate(case: Case, phases: tuple[str, ...], layers: int) -> dict[str, list[int]]:
@@ -315,7 +312,6 @@ def simulate(case: Case, phases: tuple[str, ...], layers: int) -> dict[str, list
         policy, reference = train.load_model(config, torch.device("cpu"))
         model.let_autocast_cast(policy)
         state = optimizer_state(policy, config)
-        counter.take_peak()  # loading has its own: 4-bit weights were in half precision before
         moments = {}
         if "training" in phases:
             tensors = {k: v for k, v in vars(micro_batch).items() if isinstance(v, torch.Tensor)}
@@ -343,7 +339,6 @@ def train_once(policy, micro_batch, config, counter: Counter) -> list[int]:
     backward = counter.take_peak()
     objective.token_sums.clear()
     policy.zero_grad()
-    counter.take_peak()
     return [forward, backward]
 
 
@@ -358,6 +353,7 @@ def sample_once(policy, case: Case, config, counter: Counter, group_size: int) -
         moments = last_token(policy, rows, row_of, config)
     else:
         moments = last_token_captured(policy, rows, row_of, config)
+    counter.take_peak()  # that of what came before, such as loading
     return [counter.take_peak() for _ in moments]
 
 
@@ -501,20 +497,14 @@ def table(output: Path) -> None:
 
 def needed_of_all(rows: list[dict]) -> list[str]:
     """Markdown: GiB of a card in all phases, with checkpointing, for each length."""
+    cards = {}
+    for row in rows:
+        peak = max(size for phase, size in row["bytes"].items() if phase != "training")
+        cards[row["model"], row["mode"], row["new"]] = str(math.ceil(needed(peak)))
     lines = [f"| | {' | '.join(MODES)} |", "|---" * (1 + len(MODES)) + "|"]
-    for model_name in SHAPES:
-        cells = [model_name.split("/")[1]]
-        for mode in MODES:
-            cards = []
-            for new in LENGTHS:
-                (peaks,) = [
-                    row["bytes"]
-                    for row in rows
-                    if (row["model"], row["mode"], row["new"]) == (model_name, mode, new)
-                ]
-                peak = max(size for phase, size in peaks.items() if phase != "training")
-                cards.append(f"{math.ceil(needed(peak))}")
-            cells.append(" / ".join(cards))
+    for name in SHAPES:
+        cells = [name.split("/")[1]]
+        cells += [" / ".join(cards[name, mode, new] for new in LENGTHS) for mode in MODES]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -595,18 +585,11 @@ def resident(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def check(options: Options) -> None:
-    """Refuse what train.py would refuse, or what no card has."""
-    for name in ("group_size", "max_new_tokens", "micro_batch_tokens", "prompt_tokens"):
-        if getattr(options, name) < 1:
-            fail(f"{flag_of(name)} {getattr(options, name)}: must be at least 1")
-    if options.lora_rank < 0 or not 0 <= options.kl_weight < math.inf:
-        fail("--lora-rank and --kl-weight: must be at least 0")
-    if options.load_in_4bit and not options.lora_rank:
-        fail("--load-in-4bit: 4-bit weights cannot be trained; add --lora-rank 16")
-    if options.sample_rows < options.group_size:
-        group = f"--group-size {options.group_size}"
-        fail(f"--sample-rows {options.sample_rows}: must hold one group, {group}")
+def check(options: Options, case: Case) -> None:
+    """Refuse what train.py refuses, and what no card has."""
+    if options.prompt_tokens < 1:
+        fail(f"--prompt-tokens {options.prompt_tokens}: must be at least 1")
+    train.check_config(replace(case.config(), train_batch_size=case.group_size))
     if options.card is not None and not 0 < options.card < math.inf:
         fail(f"--card {options.card}: must be the card's memory in GiB, such as 24")
     if options.card is not None and options.model_name is None:
@@ -620,7 +603,8 @@ def check(options: Options) -> None:
 
 
 def main(options: Options) -> None:
-    check(options)
+    case = Case(**{field.name: getattr(options, field.name) for field in fields(Case)})
+    check(options, case)
     if options.measured:
         compare_with_measured()
     elif options.resident:
@@ -628,7 +612,7 @@ def main(options: Options) -> None:
     elif options.model_name is None:
         table(options.output)
     else:
-        answer(Case(**{f.name: getattr(options, f.name) for f in fields(Case)}), options.card)
+        answer(case, options.card)
 
 
 if __name__ == "__main__":

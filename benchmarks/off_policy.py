@@ -46,7 +46,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 from plot import read_metrics  # noqa: E402
-from runner import TIED, fail, write_aside  # noqa: E402
+from runner import TIED, fail, flag_of, write_aside  # noqa: E402
 from sweep import draw_range, range_of  # noqa: E402
 from variants import SETTING, log_ratios, sample  # noqa: E402
 from vs_trl import describe_machine  # noqa: E402
@@ -94,7 +94,7 @@ def sweep(config: Config, objective: str, name: str, flags: dict) -> dict:
     command = [sys.executable, str(ROOT / "tools" / "sweep.py"), str(ROOT / experiment), *own]
     for flag, values in (TASK | flags).items():
         values = values if isinstance(values, tuple) else (values,)
-        command += [f"--{flag.replace('_', '-')}", *[str(value) for value in values]]
+        command += [flag_of(flag), *[str(value) for value in values]]
     command += ["--sweep-name", name, "--jobs", str(config.jobs), "--threads", "1"]
     command += ["--figure", "reward_accuracy"]
     command += ["--log-dir", str(config.log_dir), "--checkpoint-path", str(config.checkpoint_path)]

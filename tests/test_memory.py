@@ -121,13 +121,15 @@ def test_loading_is_no_part_of_sampling():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0: must be a number from 1"),
         ({"load_in_4bit": True}, "add --lora-rank 16"),
         ({"sample_rows": 4}, "--sample-rows 4: must hold one group, --group-size 8"),
         ({"card": 0.0}, "--card 0.0: must be"),
         ({"card": float("nan")}, "--card nan: must be"),
         ({"card": 16.0, "model_name": None}, "--card: needs --model-name"),
-        ({"kl_weight": float("nan")}, "must be at least 0"),
+        ({"kl_weight": float("nan")}, "--kl-weight nan: must be a number from 0"),
+        ({"group_size": 1}, "--group-size 1: a completion is compared with its group"),
+        ({"prompt_tokens": 0}, "--prompt-tokens 0: must be at least 1"),
         ({"model_name": "data"}, "--model-name data: no such model"),
     ],
 )
