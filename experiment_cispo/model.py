@@ -1,7 +1,7 @@
 """A causal LM and its optimizer: device, precision, attention, adapters, 4-bit, the reference.
 
 Plumbing, the same in every experiment. Nothing here is particular to GRPO but the choice of the
-reference in `load_model`.
+reference in `load_model`. peft takes seconds to import: the functions that need it do.
 """
 
 import math
@@ -13,17 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from run import DAMAGED, fail, first_line  # before peft: it quiets bitsandbytes
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
-from peft.tuners.tuners_utils import BaseTunerLayer
+from run import DAMAGED, fail, first_line
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
@@ -248,6 +238,8 @@ def base_model_of(name: str) -> str:
     """The model that an adapter's directory belongs to; any other name as it is."""
     if not (Path(name) / "adapter_config.json").is_file():
         return name
+    from peft import PeftConfig
+
     try:
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
     except Exception as error:
@@ -262,6 +254,8 @@ def read_adapter(name: str, policy, device: torch.device) -> dict[str, torch.Ten
 
     Raises ValueError where it lacks weights, which would be fresh, or where one holds NaN.
     """
+    from peft import get_peft_model_state_dict, load_peft_weights
+
     found = load_peft_weights(name, device=str(device))
     for key in get_peft_model_state_dict(policy):
         if key not in found:
@@ -405,15 +399,17 @@ def let_autocast_cast(policy) -> None:
     The bits are the same. Not on a CPU, where sampling runs without autocast.
     """
     for module in policy.modules():
-        if isinstance(module, BaseTunerLayer):
+        if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
 
 
-def add_adapter(policy, config, is_saved: bool) -> PeftModel:
+def add_adapter(policy, config, is_saved: bool):
     """The policy with a LoRA adapter: a fresh one, or the saved one that model_name is.
 
     Of a saved one there is a second copy, which is the reference.
     """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
     if not is_saved:
         rank = config.lora_rank
         adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -431,6 +427,8 @@ def add_adapter(policy, config, is_saved: bool) -> PeftModel:
 
 def load_adapter(policy, checkpoint: Path, device: torch.device) -> None:
     """Give the adapter the weights that a checkpoint has of it."""
+    from peft import set_peft_model_state_dict
+
     try:
         set_peft_model_state_dict(policy, read_adapter(str(checkpoint), policy, device))
     except Exception as error:
@@ -439,7 +437,7 @@ def load_adapter(policy, checkpoint: Path, device: torch.device) -> None:
 
 def unwrap(policy):
     """The transformers model inside a PEFT model, its LoRA layers in place."""
-    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    return policy.get_base_model() if hasattr(policy, "peft_config") else policy
 
 
 @contextmanager

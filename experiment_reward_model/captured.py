@@ -18,9 +18,6 @@ from contextlib import nullcontext
 import torch
 from kv_cache import distinct_rows, prefill
 from model import can_pack, check_finite, next_log_probs, unwrap
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch.func import functional_call
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -100,7 +97,7 @@ class PlainModel:
         self.policy = policy
         self.device = policy.device
         self.without_adapter = nullcontext()
-        if isinstance(policy, PeftModel):
+        if hasattr(policy, "peft_config"):
             self.without_adapter = policy.disable_adapter()
         self.weights = merged_weights(policy, getattr(torch, config.precision))
 
@@ -122,6 +119,11 @@ def merged_weights(policy, dtype) -> dict[str, torch.Tensor]:
     W may be in 4 bits.
     """
     weights = {name: parameter.to(dtype) for name, parameter in policy.named_parameters()}
+    if not hasattr(policy, "peft_config"):
+        return weights
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.integrations import dequantize_module_weight
+
     for name, module in policy.named_modules():
         if isinstance(module, BaseTunerLayer) and not module.disable_adapters:
             weight = dequantize_module_weight(module.base_layer).float()

@@ -704,3 +704,12 @@ def test_the_lesson_is_not_dense(with_docstrings):
     line; this file once had 11.2."""
     text = (ROOT / "experiment_base" / "train.py").read_text()
     assert tokens_a_line(text, with_docstrings) <= 9
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_peft_is_imported_only_where_an_adapter_is(name):
+    """Bug: --help and every wrong flag took eight seconds longer."""
+    for file in sorted((ROOT / name).glob("*.py")):
+        tree = ast.parse(file.read_text())
+        imported = [node for node in tree.body if isinstance(node, ast.ImportFrom | ast.Import)]
+        assert not any("peft" in ast.unparse(node) for node in imported), file
