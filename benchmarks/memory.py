@@ -1,18 +1,22 @@
 """Does it fit? The peak memory of experiment_base on a GPU, computed without one.
 
-    python benchmarks/memory.py                       # a table of many models, in 6 minutes
-    python benchmarks/memory.py --model-name Qwen/Qwen2.5-1.5B-Instruct --lora-rank 16 --card 24
+    python benchmarks/memory.py --model-name Qwen/Qwen2.5-1.5B-Instruct --lora-rank 16 --card 24 \\
+        --max-length 1024 --max-new-tokens 512 --micro-batch-tokens 4096 --prompt-tokens 300
+    python benchmarks/memory.py --table               # of many models, in 6 minutes
     python benchmarks/memory.py --measured            # held against what a card has shown
     python benchmarks/memory.py --resident            # and against what this CPU shows
+
+Give it the flags of your training command: it takes all of train.py's, with the same defaults. The
+models of shapes.py need no download; of any other one the config is read.
 
 The real code runs (load_model, sequences_log_probs, GRPOLoss, sample_captured) on fake tensors,
 which have shapes but no memory, and every allocation is counted for as long as it lives. What a
 GPU does otherwise than a CPU is put in its place: memory-efficient attention, 4-bit weights, the
 optimizer's state.
 
-The figures are PyTorch's own (`torch.cuda.max_memory_allocated`), with groups of 8, full-length
-completions that part at once, and KL 0.01 (in full training the reference is a second model). CUDA
-itself takes about 1 GiB more, and about a tenth is lost between allocations: "card" counts both.
+The figures are PyTorch's own (`torch.cuda.max_memory_allocated`), when all completions part at once
+and reach their full length. CUDA itself takes about 1 GiB more, and about a tenth is lost between
+allocations: "card" counts both.
 """
 
 import bisect
@@ -26,7 +30,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -46,7 +50,8 @@ import captured  # noqa: E402
 import kv_cache  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from runner import fail, write_aside  # noqa: E402
+from run import OptionalInt  # noqa: E402
+from runner import fail, flag_of, write_aside  # noqa: E402
 from shapes import SHAPES, model_config_of  # noqa: E402
 
 GIB = 2**30
@@ -56,40 +61,36 @@ PHASES = ("training", "sampling", "evaluation")
 FEW_LAYERS = (2, 3)  # that are simulated
 
 
-@dataclass(frozen=True)
-class Case:
-    """The constants of experiment_base that memory depends on."""
-
-    model_name: str = "Qwen/Qwen2.5-1.5B-Instruct"
-    lora_rank: int = 0
-    load_in_4bit: bool = False
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    gradient_checkpointing: bool = False
-    kl_weight: float = 0.01
-    group_size: int = 8
-    max_new_tokens: int = 512
-    micro_batch_tokens: int = 4096
-    sample_rows: int = 64
-    # Of the longest prompt.
-    prompt_tokens: int = 150
-    # float32: as on a CPU.
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-
-    def config(self) -> train.Config:
-        values = {name: value for name, value in vars(self).items() if name != "prompt_tokens"}
-        config = train.Config(**values)
-        config.max_length = self.prompt_tokens + self.max_new_tokens
-        return config
+# Of the table, and of what a card has measured.
+SETTING = {
+    "prompt_tokens": 150,
+    "max_new_tokens": 512,
+    "micro_batch_tokens": 4096,
+    "sample_rows": 64,
+}
 
 
-@dataclass(frozen=True)
+@dataclass
+class Case(train.Config):
+    """All constants of experiment_base/train.py, on a GPU, and how long its prompts are."""
+
+    # What auto is on most GPUs.
+    precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    # Tokens of the longest prompt. Default: what max_length leaves beside max_new_tokens.
+    prompt_tokens: OptionalInt = None
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens is None:
+            self.prompt_tokens = self.max_length - self.max_new_tokens
+
+
+@dataclass
 class Options(Case):
-    # A name of the table, a directory or a name on the hub. Default: the table of all.
-    model_name: str | None = None
-    # GiB. Suggests the largest micro_batch_tokens and sample_rows that fit.
+    # GiB of your card, nvidia-smi's MiB / 1024, such as 22.5 for an L4. Adds the largest
+    # micro_batch_tokens and sample_rows that fit.
     card: float | None = None
-    # Of the table.
-    output: Path = ROOT / "results" / "memory.json"
+    # Only write results/memory.json, the table of all models of shapes.py.
+    table: bool = False
     # Only hold the estimates against results/memory_h100.json.
     measured: bool = False
     # Only hold the method against the resident memory of small models on this CPU.
@@ -256,8 +257,8 @@ def fake_gpu(layers: int):
 
 
 # ---------------------------------------------------------------- the simulation
-def largest_micro_batch(case: Case, config):
-    """Of random completions of full length, which share nothing but the prompt."""
+def largest_micro_batch(case: Case):
+    """Of an update with random completions of full length, which share nothing but the prompt."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model_config_of(case.model_name).vocab_size
 
@@ -265,8 +266,10 @@ def largest_micro_batch(case: Case, config):
         return torch.randint(vocabulary, (count,), generator=generator)
 
     group_tokens = case.prompt_tokens + case.group_size * case.max_new_tokens
+    enough = 1 + case.micro_batch_tokens // group_tokens  # groups, to fill a micro-batch
+    groups = min(enough, case.train_batch_size // case.group_size)
     buffer = train.ReplayBuffer(packed=True)
-    for _ in range(1 + case.micro_batch_tokens // group_tokens):
+    for _ in range(groups):
         ids = [random_ids(case.max_new_tokens) for _ in range(case.group_size)]
         experience = train.Experience(
             prompt_ids=random_ids(case.prompt_tokens),
@@ -279,7 +282,7 @@ def largest_micro_batch(case: Case, config):
             advantages=torch.arange(float(case.group_size)),
         )
         buffer.extend([experience])
-    config.train_batch_size = case.group_size * len(buffer.experiences)
+    config = replace(case, train_batch_size=groups * case.group_size)
     (micro_batches,) = buffer.batches(config, generator)
     micro_batch = max(micro_batches, key=lambda micro_batch: micro_batch.input_ids.numel())
     micro_batch.old_log_probs = micro_batch.sampled_log_probs
@@ -305,22 +308,24 @@ def estimate(case: Case, phases: tuple[str, ...] = PHASES) -> dict[str, int]:
 
 def simulate(case: Case, phases: tuple[str, ...], layers: int) -> dict[str, list[int]]:
     """Bytes at the peak of each moment of the phases, with so many layers."""
-    config = case.config()
-    micro_batch = largest_micro_batch(case, config) if "training" in phases else None
+    micro_batch = largest_micro_batch(case) if "training" in phases else None
+    if case.lora_rank:
+        import peft  # noqa: F401  # now, because a library's own tensors must not be fake
     gc.freeze()  # what libraries have made: take_peak's collections pass over it
     with fake_gpu(layers) as (counter, mode):
-        policy, reference = train.load_model(config, torch.device("cpu"))
+        policy, reference = train.load_model(case, torch.device("cpu"))
         model.let_autocast_cast(policy)
-        state = optimizer_state(policy, config)
+        state = optimizer_state(policy, case)
         moments = {}
         if "training" in phases:
             tensors = {k: v for k, v in vars(micro_batch).items() if isinstance(v, torch.Tensor)}
             fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-            moments["training"] = train_once(policy, replace(micro_batch, **fakes), config, counter)
+            moments["training"] = train_once(policy, replace(micro_batch, **fakes), case, counter)
         if "sampling" in phases:
-            moments["sampling"] = sample_once(policy, case, config, counter, case.group_size)
+            prompts, group_size = case.rollouts_per_step, case.group_size
+            moments["sampling"] = sample_once(policy, prompts, group_size, case, counter)
         if "evaluation" in phases:
-            moments["evaluation"] = sample_once(policy, case, config, counter, 1)
+            moments["evaluation"] = sample_once(policy, case.max_eval_prompts, 1, case, counter)
         del state, reference  # alive until here
     return moments
 
@@ -343,12 +348,12 @@ def train_once(policy, micro_batch, config, counter: Counter) -> list[int]:
 
 
 @torch.no_grad()
-def sample_once(policy, case: Case, config, counter: Counter, group_size: int) -> list[int]:
+def sample_once(policy, prompts: int, group_size: int, config, counter: Counter) -> list[int]:
     """The forward of all prompts, and that of the last token of all completions."""
     policy.eval()
-    count = case.sample_rows // group_size
-    rows = [tuple(range(i, i + case.prompt_tokens)) for i in range(count)]
-    row_of = torch.arange(case.sample_rows) // group_size
+    prompts = min(prompts, config.sample_rows // group_size)  # at once
+    rows = [tuple(range(i, i + config.prompt_tokens)) for i in range(prompts)]
+    row_of = torch.arange(prompts * group_size) // group_size
     if config.load_in_4bit or config.precision == "float32":
         moments = last_token(policy, rows, row_of, config)
     else:
@@ -417,21 +422,41 @@ def needed(peak: float) -> float:
 
 
 def answer(case: Case, card: float | None) -> None:
+    sizes, counts = micro_batch_sizes(case), row_counts(case)
     parts = [
-        (case, ("training",), "micro_batch_tokens", micro_batch_sizes(case), card),
-        (case, ("sampling", "evaluation"), "sample_rows", row_counts(case), card),
+        (case, ("training",), "micro_batch_tokens", sizes, card),
+        (case, ("sampling", "evaluation"), "sample_rows", counts, card),
     ]
     with multiprocessing.Pool(2) as pool:
         (training, tokens), (sampling, rows) = pool.starmap(peaks_and_largest, parts)
     peaks = training | sampling
+    shown = ("max_new_tokens", "micro_batch_tokens", "sample_rows")
+    flags = " ".join(f"{flag_of(name)} {getattr(case, name)}" for name in shown)
+    print(f"{case.model_name} {flags}, prompts of {case.prompt_tokens} tokens")
     print(f"{'GiB':10} {'PyTorch':>8} {'card':>8}")
     for phase, peak in peaks.items():
         print(f"{phase:10} {peak / GIB:8.1f} {needed(peak):8.1f}")
-    if card is not None:
-        fits = needed(max(peaks.values())) <= card
-        print(f"{'Fits' if fits else 'Does not fit'} into {card:g} GiB. The largest that fit:")
-        print(f"    --micro-batch-tokens {tokens}" if tokens else "    no micro_batch_tokens")
-        print(f"    --sample-rows {rows}" if rows else "    no sample_rows")
+    print("An estimate. The card needs a tenth and 1 GiB more than PyTorch allocates.")
+    if card is None:
+        return
+    fits = needed(max(peaks.values())) <= card
+    print(f"{'Fits' if fits else 'Does not fit'} into {card:g} GiB. The largest that fit:")
+    print(f"    {largest_flag('micro_batch_tokens', tokens, sizes, case)}")
+    print(f"    {largest_flag('sample_rows', rows, counts, case)}")
+
+
+def largest_flag(constant: str, largest: int | None, tried: list[int], case: Case) -> str:
+    """The flag with the largest value that fits, or what to change where none does."""
+    if largest is not None:
+        return f"{flag_of(constant)} {largest}{' or more' if largest >= tried[-1] else ''}"
+    changes = ["a smaller model", "fewer --max-new-tokens"]
+    if case.lora_rank and not case.load_in_4bit:
+        changes.insert(0, "--load-in-4bit")
+    if not case.lora_rank:
+        changes.insert(0, "--lora-rank 16")
+    if constant == "micro_batch_tokens" and not case.gradient_checkpointing:
+        changes.insert(0, "--gradient-checkpointing")
+    return f"no {flag_of(constant)} fits: take {', '.join(changes[:-1])} or {changes[-1]}"
 
 
 def peaks_and_largest(
@@ -461,37 +486,39 @@ def peaks_and_largest(
 
 
 def micro_batch_sizes(case: Case) -> list[int]:
-    """Powers of two up to 16,384 that hold a whole completion."""
-    sizes = [2**power for power in range(8, 15)]
-    return [size for size in sizes if size >= case.prompt_tokens + case.max_new_tokens]
+    """Powers of two that hold a whole completion, up to 16,384."""
+    length = case.prompt_tokens + case.max_new_tokens
+    sizes = [2**power for power in range(8, 15) if 2**power >= length]
+    return sizes or [length]
 
 
 def row_counts(case: Case) -> list[int]:
     """From one group on, doubled up to 512."""
-    counts = [case.group_size * 2**power for power in range(10)]
-    return [count for count in counts if count <= 512]
+    counts = [case.group_size * 2**power for power in range(9)]
+    return [count for count in counts if count <= 512] or [case.group_size]
 
 
-def table(output: Path) -> None:
+def table() -> None:
     """All models of shapes.py: what a card needs, and the peaks behind it."""
     rows = []
     for model_name in SHAPES:
         for mode, changes in MODES.items():
             for new in LENGTHS:
-                case = Case(model_name=model_name, max_new_tokens=new, **changes)
+                names = {"model_name": model_name, "max_new_tokens": new}
+                case = Case(**(SETTING | names | changes))
                 saving = replace(case, gradient_checkpointing=True)
                 peaks = estimate(case)
                 peaks["training with checkpointing"] = estimate(saving, ("training",))["training"]
                 rows.append({"model": model_name, "mode": mode, "new": new, "bytes": peaks})
                 print(model_name, mode, new, file=sys.stderr, flush=True)
     report = {
-        "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]),
+        "command": "python benchmarks/memory.py --table",
         "date": datetime.date.today().isoformat(),
         "needed": needed_of_all(rows),
         "peaks": peaks_of_all(rows),
         "rows": rows,
     }
-    write_aside(output, json.dumps(report, indent=1) + "\n")
+    write_aside(ROOT / "results" / "memory.json", json.dumps(report, indent=1) + "\n")
     print("\n".join([*report["needed"], "", *report["peaks"]]))
 
 
@@ -503,7 +530,7 @@ def needed_of_all(rows: list[dict]) -> list[str]:
         cards[row["model"], row["mode"], row["new"]] = str(math.ceil(needed(peak)))
     lines = [f"| | {' | '.join(MODES)} |", "|---" * (1 + len(MODES)) + "|"]
     for name in SHAPES:
-        cells = [name.split("/")[1]]
+        cells = [name]
         cells += [" / ".join(cards[name, mode, new] for new in LENGTHS) for mode in MODES]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -515,7 +542,7 @@ def peaks_of_all(rows: list[dict]) -> list[str]:
     lines = [f"| model | | new tokens | {' | '.join(phases)} |"]
     lines.append("|---" * (3 + len(phases)) + "|")
     for row in rows:
-        cells = [row["model"].split("/")[1], row["mode"], f"{row['new']:,}"]
+        cells = [row["model"], row["mode"], f"{row['new']:,}"]
         cells += [f"{row['bytes'][phase] / GIB:.1f}" for phase in phases]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -525,7 +552,7 @@ def compare_with_measured() -> None:
     report = json.loads((ROOT / "results" / "memory_h100.json").read_text())
     print(report["machine"])
     for row in report["rows"]:
-        peaks = estimate(Case(**row["case"]))
+        peaks = estimate(Case(**(SETTING | row["case"])))
         print(json.dumps(row["case"]))
         for phase, measured in row["bytes"].items():
             ratio = peaks[phase] / measured
@@ -541,8 +568,8 @@ def compare_with_resident() -> None:
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for model_name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"):
         for changes in ({"lora_rank": 16}, {}, {"gradient_checkpointing": True}):
-            case = Case(model_name, precision="float32", micro_batch_tokens=1024, **changes)
-            case = replace(case, max_new_tokens=64, kl_weight=0.0)
+            case = Case(model_name=model_name, precision="float32", prompt_tokens=150, **changes)
+            case = replace(case, micro_batch_tokens=1024, max_new_tokens=64, kl_weight=0.0)
             command = [sys.executable, __file__, "resident", json.dumps(vars(case))]
             done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
             measured = int(done.stdout.splitlines()[-1])
@@ -556,19 +583,18 @@ def compare_with_resident() -> None:
 def resident_bytes(case: Case) -> int:
     """The most memory that the second of two updates takes on this CPU, above that of an idle
     process with the same libraries."""
-    config = case.config()
-    micro_batch = largest_micro_batch(case, config)
+    micro_batch = largest_micro_batch(case)
     torch.ones(512, 512) @ torch.ones(512, 512)  # the matrix library's own
     before = resident("VmRSS")
     with mock.patch.object(model, "load_pretrained", make_model):
-        policy, reference = train.load_model(config, torch.device("cpu"))
-    optimizer = train.make_optimizer(policy, config)
-    objective = train.GRPOLoss(config.clip_eps_low, config.clip_eps_high, config.kl_weight)
+        policy, reference = train.load_model(case, torch.device("cpu"))
+    optimizer = train.make_optimizer(policy, case)
+    objective = train.GRPOLoss(case.clip_eps_low, case.clip_eps_high, case.kl_weight)
     for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         policy.train()
         for _ in range(2):
-            log_probs = train.sequences_log_probs(policy, micro_batch, config)
+            log_probs = train.sequences_log_probs(policy, micro_batch, case)
             objective(log_probs, micro_batch).backward()
             del log_probs
         peak = resident("VmHWM")
@@ -585,38 +611,46 @@ def resident(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def check(options: Options, case: Case) -> None:
-    """Refuse what train.py refuses, and what no card has."""
-    if options.prompt_tokens < 1:
-        fail(f"--prompt-tokens {options.prompt_tokens}: must be at least 1")
-    train.check_config(replace(case.config(), train_batch_size=case.group_size))
+def check(options: Options) -> None:
+    """Refuse what train.py refuses, and what cannot be estimated."""
+    train.check_config(options)
+    room = options.max_length - options.max_new_tokens
+    if not 1 <= options.prompt_tokens <= room:
+        most = f"--max-length {options.max_length} - --max-new-tokens {options.max_new_tokens}"
+        wanted = f"must be at least 1 and at most {most} = {room}; raise --max-length"
+        fail(f"--prompt-tokens {options.prompt_tokens}: {wanted}")
+    if options.attention not in ("auto", "sdpa"):
+        fail(f"--attention {options.attention}: cannot be estimated; leave it out")
     if options.card is not None and not 0 < options.card < math.inf:
         fail(f"--card {options.card}: must be the card's memory in GiB, such as 24")
-    if options.card is not None and options.model_name is None:
-        fail("--card: needs --model-name, the model that should fit")
-    if options.model_name is not None:
-        try:
-            model_config_of(options.model_name)
-        except (OSError, ValueError) as error:
-            (first, *_) = str(error).splitlines() or [""]
-            fail(f"--model-name {options.model_name}: no such model here or on the hub ({first})")
+    name = options.model_name
+    if model.base_model_of(name) != name:
+        fail(f"--model-name {name}: is an adapter; name its base model")
+    model_config = model_config_of(name) if name in SHAPES else model.load_model_config(name)
+    kinds = sorted({kind for kind, *_ in SHAPES.values()})
+    if model_config.model_type not in kinds:
+        fail(f"--model-name {name}: is of type {model_config.model_type}, not {', '.join(kinds)}")
+    positions = model_config.max_position_embeddings
+    if options.max_length > positions:
+        fail(f"--max-length {options.max_length}: {name} has {positions} positions; take fewer")
 
 
 def main(options: Options) -> None:
-    case = Case(**{field.name: getattr(options, field.name) for field in fields(Case)})
-    check(options, case)
-    if options.measured:
-        compare_with_measured()
-    elif options.resident:
-        compare_with_resident()
-    elif options.model_name is None:
-        table(options.output)
-    else:
-        answer(case, options.card)
+    tasks = {"table": table, "measured": compare_with_measured, "resident": compare_with_resident}
+    defaults = vars(Options())
+    given = [name for name, value in vars(options).items() if value != defaults[name]]
+    for name, task in tasks.items():
+        if name in given:
+            if len(given) > 1:
+                fail(f"{flag_of(name)}: takes no other flag")
+            return task()
+    check(options)
+    answer(options, options.card)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["resident"]:  # a process of compare_with_resident
         print(resident_bytes(Case(**json.loads(sys.argv[2]))))
         sys.exit()
+    sys.modules["bitsandbytes"] = None  # PEFT would import it for seconds, and nothing uses it
     main(tyro.cli(Options, description=__doc__))

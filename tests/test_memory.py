@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 memory = load_benchmark("memory")
 MEASURED = json.loads((ROOT / "results" / "memory_h100.json").read_text())["rows"]
+SETTING = memory.SETTING
 SMALL = ("qwen2", 64, 128, 6, 4, 2, 16, 512, True)
 
 
@@ -32,7 +33,8 @@ def test_the_counter_counts_what_is_alive():
 
 def test_what_takes_memory(monkeypatch):
     monkeypatch.setitem(memory.SHAPES, "small", SMALL)
-    case = memory.Case("small", max_new_tokens=16, micro_batch_tokens=512)
+    case = memory.Case(**SETTING | {"model_name": "small", "max_new_tokens": 16})
+    case = memory.replace(case, micro_batch_tokens=512)
     plain = memory.estimate(case)
     replace = memory.replace
     assert memory.estimate(replace(case, micro_batch_tokens=1024))["training"] > plain["training"]
@@ -48,7 +50,7 @@ MORE = [pytest.param(MEASURED[i], marks=pytest.mark.long) for i in (6, -1)]
 
 @pytest.mark.parametrize("row", [MEASURED[0], MEASURED[-2], *MORE])
 def test_estimates_are_within_a_tenth_of_the_card(row):
-    peaks = memory.estimate(memory.Case(**row["case"]))
+    peaks = memory.estimate(memory.Case(**SETTING | row["case"]))
     for phase, measured in row["bytes"].items():
         assert peaks[phase] == pytest.approx(measured, rel=0.1), phase
 
@@ -60,7 +62,7 @@ def test_the_largest_that_fits(monkeypatch):
         return {phase: peaks[phase] for phase in phases}
 
     monkeypatch.setattr(memory, "estimate", estimate)
-    case = memory.Case(max_new_tokens=512)
+    case = memory.Case(**SETTING)
     sizes, counts = memory.micro_batch_sizes(case), memory.row_counts(case)
     assert sizes == [1024, 2048, 4096, 8192, 16_384]
     assert counts == [8, 16, 32, 64, 128, 256, 512]
@@ -82,6 +84,39 @@ def test_the_largest_that_fits(monkeypatch):
     assert tokens(80) == 16_384
     assert rows(16) == 64 and rows(5) == 16
 
+    def flag(name, largest, tried, **changes):
+        return memory.largest_flag(name, largest, tried, memory.replace(case, **changes))
+
+    assert flag("sample_rows", 64, counts) == "--sample-rows 64"
+    assert flag("sample_rows", 512, counts) == "--sample-rows 512 or more"
+    assert flag("sample_rows", None, counts, lora_rank=16) == (
+        "no --sample-rows fits: take --load-in-4bit, a smaller model or fewer --max-new-tokens"
+    )
+    assert flag("micro_batch_tokens", None, sizes) == (
+        "no --micro-batch-tokens fits: take --gradient-checkpointing, --lora-rank 16, a smaller "
+        "model or fewer --max-new-tokens"
+    )
+
+
+def test_values_tried_where_one_completion_or_group_is_longer_than_all():
+    case = memory.Case(prompt_tokens=20_000, group_size=1024)
+    assert memory.micro_batch_sizes(case) == [20_064]
+    assert memory.row_counts(case) == [1024]
+
+
+def test_no_more_is_counted_than_a_step_has(monkeypatch):
+    """A step samples rollouts_per_step groups, whatever sample_rows is, and rows are whole groups;
+    an update has train_batch_size completions, whatever micro_batch_tokens is."""
+    monkeypatch.setitem(memory.SHAPES, "small", SMALL)
+    case = memory.Case(model_name="small", max_new_tokens=16, prompt_tokens=16)
+    most = {"rollouts_per_step": 4, "max_eval_prompts": 32, "train_batch_size": 16}
+    few = memory.replace(case, **most, sample_rows=32, micro_batch_tokens=512)
+    many = memory.replace(case, **most, sample_rows=39, micro_batch_tokens=100_000)
+    more = memory.replace(few, sample_rows=40, rollouts_per_step=5)
+    assert memory.estimate(few, ("training",)) == memory.estimate(many, ("training",))
+    assert memory.estimate(few, ("sampling",)) == memory.estimate(many, ("sampling",))
+    assert memory.estimate(few, ("sampling",)) != memory.estimate(more, ("sampling",))
+
 
 CHANGES = [
     {"lora_rank": 16},
@@ -95,8 +130,8 @@ CHANGES = [
 def test_all_layers_are_on_a_line_through_few(changes, monkeypatch):
     """A model of twelve layers, estimated from two and three, beside itself."""
     monkeypatch.setitem(memory.SHAPES, "small", ("llama", 256, 1024, 12, 4, 2, 64, 4096, True))
-    case = memory.Case("small", max_new_tokens=128, micro_batch_tokens=1024)
-    case = memory.replace(case, **changes)
+    case = memory.Case(**SETTING | {"model_name": "small", "max_new_tokens": 128})
+    case = memory.replace(case, **{"micro_batch_tokens": 1024} | changes)
     whole = memory.simulate(case, memory.PHASES, 12)
     for phase, peak in memory.estimate(case).items():
         assert peak == pytest.approx(max(whole[phase]), rel=0.005), phase
@@ -112,7 +147,8 @@ def test_readme_has_what_fits():
 
 def test_loading_is_no_part_of_sampling():
     """Bug: asked for sampling alone, 4-bit weights were counted as they were before."""
-    case = memory.Case(lora_rank=16, load_in_4bit=True, max_new_tokens=24)
+    (case,) = [row["case"] for row in MEASURED[:6] if row["case"]["max_new_tokens"] == 24]
+    case = memory.Case(**SETTING | case)
     both = memory.estimate(case)
     for phase in ("sampling", "evaluation"):
         assert memory.estimate(case, (phase,))[phase] == pytest.approx(both[phase], rel=0.01)
@@ -126,15 +162,24 @@ def test_loading_is_no_part_of_sampling():
         ({"sample_rows": 4}, "--sample-rows 4: must hold one group, --group-size 8"),
         ({"card": 0.0}, "--card 0.0: must be"),
         ({"card": float("nan")}, "--card nan: must be"),
-        ({"card": 16.0, "model_name": None}, "--card: needs --model-name"),
+        ({"table": True, "lora_rank": 16}, "--table: takes no other flag"),
+        ({"measured": True, "resident": True}, "--measured: takes no other flag"),
         ({"kl_weight": float("nan")}, "--kl-weight nan: must be a number from 0"),
         ({"group_size": 1}, "--group-size 1: a completion is compared with its group"),
-        ({"prompt_tokens": 0}, "--prompt-tokens 0: must be at least 1"),
-        ({"model_name": "data"}, "--model-name data: no such model"),
+        ({"prompt_tokens": 0}, "--prompt-tokens 0: must be at least 1 and at most"),
+        (
+            {"prompt_tokens": 449},
+            "--max-length 512 - --max-new-tokens 64 = 448; raise --max-length",
+        ),
+        ({"max_new_tokens": 512}, "--prompt-tokens 0: must be at least 1 and at most"),
+        ({"max_length": 10**6}, "has 1024 positions; take fewer"),
+        ({"attention": "eager"}, "--attention eager: cannot be estimated"),
+        ({"model_name": "data"}, "--model-name data: cannot be loaded"),
+        ({"model_name": str(ROOT / "data" / "reward_math")}, "is no causal language model"),
     ],
 )
 def test_wrong_values_end_in_one_line(changes, words):
-    options = memory.Options(**({"model_name": "Qwen/Qwen2.5-0.5B-Instruct"} | changes))
+    options = memory.Options(**changes)
     with pytest.raises(SystemExit) as error:
         memory.main(options)
     assert words in str(error.value) and "\n" not in str(error.value)
