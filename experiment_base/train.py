@@ -24,8 +24,12 @@ The words, with the numbers of the default:
 
     a step: 128 completions -> 2 updates of 64 -> micro-batches of <= 1,024 tokens -> rows
 
-Unlike the paper: one reference for the whole run, rewards from a rule instead of a model, and
-advantage 0 where all rewards of a group are equal.
+Unlike the paper: two updates a step (the paper makes one, where every ratio is 1 and nothing is
+clipped), one reference for the whole run, rewards from a rule instead of a model, and advantage 0
+where all rewards of a group are equal. Its sizes for a model of 7B: 64 completions a group, 1,024
+an update, lr 1e-6, KL weight 0.04.
+
+Begin with `main`, at the end: what it calls stands above it, in the order of the steps.
 """
 
 import random
@@ -79,7 +83,7 @@ from run import (
     fail,
     is_due,
     rollout_metrics,
-    show_completion,
+    show_group,
     speed_metrics,
 )
 from sampling import sample
@@ -212,7 +216,7 @@ class Config:
     # Weight of the KL to the policy that training began with. Higher: stays closer. 0 needs no
     # reference.
     kl_weight: NonNegativeFloat = 0.01
-    # How tokens are averaged, see token_weights in loss.py.
+    # How tokens are averaged, see token_weights in loss.py. There is no critic, only this name.
     critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"
     # How far off a number may be, relative to the right one. At least 1e-6 where it is no integer.
     answer_tolerance: NonNegativeFloat = 0.0
@@ -475,7 +479,8 @@ def main(config: Config) -> None:
     check_config(config)
     config, device = resolve(config)
     for name, value in asdict(config).items():
-        print(f"{name}: {value}")
+        if value != getattr(Config, name):  # the others are their defaults; run.json has all
+            print(f"{name}: {value}")
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
     run = Run(config, EXPERIMENT, prompts)
@@ -551,7 +556,7 @@ def main(config: Config) -> None:
             metrics |= evaluate(policy, tokenizer, eval_prompts, config)
         shown = None
         if completion_log.is_due(step):
-            shown = show_completion(experiences[0], tokenizer)
+            shown = show_group(experiences, tokenizer)
             completion_log.write(step, batches)
         run.log(step, metrics, shown)
         if is_last or run.stop_requested or is_due(step, config.checkpoint_interval):

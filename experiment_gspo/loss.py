@@ -147,6 +147,7 @@ class GRPOLoss(nn.Module):
         weights = micro_batch.weights
         loss = (weights * token_loss).sum()
         clipped = clipped_surrogate < surrogate
+        # For the logs. Neither line changes the loss or its gradient.
         self.remember(loss, ratio, clipped, kl, micro_batch)
         micro_batch.seen = tokens_seen(policy_loss, log_probs, weights, ratio, clipped, kl)
         return loss

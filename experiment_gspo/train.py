@@ -73,7 +73,7 @@ from run import (
     fail,
     is_due,
     rollout_metrics,
-    show_completion,
+    show_group,
     speed_metrics,
 )
 from sampling import sample
@@ -206,7 +206,7 @@ class Config:
     # Weight of the KL to the policy that training began with. Higher: stays closer. 0 needs no
     # reference.
     kl_weight: NonNegativeFloat = 0.01
-    # How tokens are averaged, see token_weights in loss.py.
+    # How tokens are averaged, see token_weights in loss.py. There is no critic, only this name.
     critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"
     # How far off a number may be, relative to the right one. At least 1e-6 where it is no integer.
     answer_tolerance: NonNegativeFloat = 0.0
@@ -469,7 +469,8 @@ def main(config: Config) -> None:
     check_config(config)
     config, device = resolve(config)
     for name, value in asdict(config).items():
-        print(f"{name}: {value}")
+        if value != getattr(Config, name):  # the others are their defaults; run.json has all
+            print(f"{name}: {value}")
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
     run = Run(config, EXPERIMENT, prompts)
@@ -545,7 +546,7 @@ def main(config: Config) -> None:
             metrics |= evaluate(policy, tokenizer, eval_prompts, config)
         shown = None
         if completion_log.is_due(step):
-            shown = show_completion(experiences[0], tokenizer)
+            shown = show_group(experiences, tokenizer)
             completion_log.write(step, batches)
         run.log(step, metrics, shown)
         if is_last or run.stop_requested or is_due(step, config.checkpoint_interval):

@@ -72,7 +72,7 @@ def encode_prompts(tokenizer, questions: list[str]):
         rows.append(tokenizer(text, add_special_tokens=False).input_ids)
     width = max(len(row) for row in rows)
     ids = [[0] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]  # never from ids == 0
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]  # 0 is an id, too
     return torch.tensor(ids, device=DEVICE), torch.tensor(mask, device=DEVICE)
 
 

@@ -533,7 +533,7 @@ class Run:
         if steps_since_first_warning >= 0 and steps_since_first_warning % NO_SPREAD_AGAIN == 0:
             steps = f"{self.without_spread} steps in a row, the last of them {step}"
             tqdm.write(f"\nwarning: in {steps}, {self.nothing_learnt}. One completion:")
-            tqdm.write(show_completion(experiences[0], tokenizer))
+            tqdm.write(show_group(experiences, tokenizer))
 
     def save(self, step: int, policy, tokenizer, state: dict) -> None:
         """Write weights, tokenizer and `state` to step_<step>, and delete old checkpoints.
@@ -593,6 +593,8 @@ class Run:
         if self.without_spread >= NO_SPREAD_STEPS and self.nothing_learnt:
             print(f"warning: in the last {self.without_spread} steps {self.nothing_learnt}")
         curves = f"tensorboard --logdir {self.log_dir.parent}"
+        if (self.log_dir / "completions.jsonl").exists():
+            print(f"what it did to tokens: python tools/view.py {self.log_dir}")
         print(f"logs: {self.log_dir} ({curves}); checkpoint: {self.last_checkpoint}")
         if self.is_unsaved:
             fail("the last policy is not saved, see the warning above")
@@ -649,14 +651,18 @@ def speed_metrics(experiences, token_sums, step_start: float, sampling_end: floa
     }
 
 
-def show_completion(experience, tokenizer) -> str:
-    """A group's first completion with its prompt and all special tokens, and what it earned."""
-    ids = torch.cat([experience.prompt_ids, experience.completion_ids[0]])
-    reward = f"reward {experience.rewards[0]:.2f}"
-    advantage = f"advantage {experience.advantages[0]:+.2f}"
-    right = f"right answer: {experience.answer}, " if experience.answer else ""
-    earned = f"[{right}{reward}, {advantage}]"
-    return f"{tokenizer.decode(ids)}\n{earned}"
+def show_group(experiences, tokenizer) -> str:
+    """The best and the worst completion of a group, with the prompt, all special tokens, and what
+    they earned. Of the first group with spread, where there is one."""
+    with_spread = [experience for experience in experiences if experience.advantages.any()]
+    group = (with_spread or experiences)[0]
+    rewards = group.rewards.tolist()
+    right = f"right answer: {group.answer}, " if group.answer else ""
+    text = tokenizer.decode(group.prompt_ids)
+    for number in dict.fromkeys([rewards.index(max(rewards)), rewards.index(min(rewards))]):
+        earned = f"reward {rewards[number]:.2f}, advantage {group.advantages[number]:+.2f}"
+        text += f"{tokenizer.decode(group.completion_ids[number])}\n[{right}{earned}]\n"
+    return text.removesuffix("\n")
 
 
 def why_nothing_is_learnt(experiences) -> str:

@@ -199,7 +199,7 @@ class Config:
     # Weight of the KL to the policy that training began with. Higher: stays closer. 0 needs no
     # reference.
     kl_weight: NonNegativeFloat = 0.01
-    # How tokens are averaged, see token_weights in loss.py.
+    # How tokens are averaged, see token_weights in loss.py. There is no critic, only this name.
     critic_type: Literal["grpo", "drgrpo", "dapo"] = "grpo"
     # Reward of the right form. A right answer earns 1.
     format_weight: NonNegativeFloat = 0.1
@@ -547,7 +547,8 @@ def main(config: Config) -> None:
     check_config(config)
     config, device = resolve(config)
     for name, value in asdict(config).items():
-        print(f"{name}: {value}")
+        if value != getattr(Config, name):  # the others are their defaults; run.json has all
+            print(f"{name}: {value}")
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts, search = read_prompts(config, tokenizer)
     run = Run(config, EXPERIMENT, prompts)

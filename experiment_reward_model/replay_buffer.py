@@ -132,7 +132,10 @@ class MicroBatch:
 
 
 class ReplayBuffer:
-    """The groups of a step. packed: whether a row holds a whole group, or one completion."""
+    """The groups of one step, cut into batches. GRPO replays nothing: `clear` ends the step.
+
+    packed: whether a row holds a whole group, or one completion.
+    """
 
     def __init__(self, packed: bool) -> None:
         self.packed = packed
@@ -235,6 +238,7 @@ def join_experience_batch(rows: list[PrefixTree], packed: bool) -> MicroBatch:
         position_ids[i, :prompt_length] = torch.arange(prompt_length)
         members[i, :prompt_length] = 1  # the prompt belongs to every completion
         for number, path in row.paths.items():
+            # A path begins at the prompt's last token. A token on several paths has one depth.
             position_ids[i, path] = prompt_length - 1 + torch.arange(len(path))
             members[i, path, number] = 1
             parts.append(sampled_tokens(row, number, len(parts), first_index=i * width))

@@ -472,6 +472,16 @@ def test_a_run_that_is_always_wrong_says_why_and_what_to_change(tmp_path, capsys
     assert warnings[25].startswith("\nwarning: in 25 steps in a row, the last of them 25, ")
 
 
+def test_a_group_is_shown_by_its_best_and_worst_completion():
+    """Bug: what is shown has advantage 0, or is one completion, and nothing can be compared."""
+    mixed = rewarded(SPREAD)
+    mixed.completion_ids[0] = torch.tensor([ord("5")])
+    assert base.run.show_group([rewarded(WRONG), mixed], Letters()) == (
+        "2 + 3 =5\n[right answer: 5, reward 1.00, advantage +1.50]\n"
+        "no\n[right answer: 5, reward 0.00, advantage -0.50]"
+    )
+
+
 def test_a_run_that_is_always_right_is_told_to_take_harder_prompts(tmp_path, capsys):
     """Bug: advice for a policy that is never right, given to one that always is."""
     (warning,) = watch(make_run(tmp_path), [[rewarded(RIGHT, RIGHT)]] * 5, capsys).values()
