@@ -19,13 +19,13 @@ and reach their full length. CUDA itself takes about 1 GiB more, and about a ten
 allocations: "card" counts both.
 """
 
-import bisect
 import datetime
 import gc
 import json
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import weakref
@@ -33,7 +33,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 from unittest import mock
 
 import torch
@@ -50,7 +49,7 @@ import captured  # noqa: E402
 import kv_cache  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from run import OptionalInt  # noqa: E402
+from run import NonNegativeFloat, OptionalInt  # noqa: E402
 from runner import fail, flag_of, write_aside  # noqa: E402
 from shapes import SHAPES, model_config_of  # noqa: E402
 
@@ -59,14 +58,21 @@ LENGTHS = (512, 2048)  # new tokens, in the table
 GRANULE = 512  # bytes; PyTorch's allocator rounds up to them
 PHASES = ("training", "sampling", "evaluation")
 FEW_LAYERS = (2, 3)  # that are simulated
-
-
-# Of the table, and of what a card has measured.
+CUDA_GIB = 1  # what CUDA itself takes of a card
+LOST = 0.1  # of what PyTorch allocates, between its allocations
+# What the table assumes, and what was measured on a card.
 SETTING = {
     "prompt_tokens": 150,
     "max_new_tokens": 512,
     "micro_batch_tokens": 4096,
     "sample_rows": 64,
+}
+# The most that is estimated in reasonable time.
+MOST = {
+    "group_size": 1024,
+    "lora_rank": 65_536,
+    "micro_batch_tokens": 65_536,
+    "sample_rows": 65_536,
 }
 
 
@@ -74,12 +80,12 @@ SETTING = {
 class Case(train.Config):
     """All constants of experiment_base/train.py, on a GPU, and how long its prompts are."""
 
-    # What auto is on most GPUs.
-    precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     # Tokens of the longest prompt. Default: what max_length leaves beside max_new_tokens.
     prompt_tokens: OptionalInt = None
 
     def __post_init__(self) -> None:
+        if self.precision == "auto":
+            self.precision = "bfloat16"  # float16, on older cards, is as large
         if self.prompt_tokens is None:
             self.prompt_tokens = self.max_length - self.max_new_tokens
 
@@ -88,7 +94,7 @@ class Case(train.Config):
 class Options(Case):
     # GiB of your card, nvidia-smi's MiB / 1024, such as 22.5 for an L4. Adds the largest
     # micro_batch_tokens and sample_rows that fit.
-    card: float | None = None
+    card: NonNegativeFloat = 0.0
     # Only write results/memory.json, the table of all models of shapes.py.
     table: bool = False
     # Only hold the estimates against results/memory_h100.json.
@@ -202,6 +208,8 @@ def make_model(name: str, config, device, trainable: bool, layers: int | None = 
     shape = model_config_of(name)
     if layers:
         shape.num_hidden_layers = layers
+        if hasattr(shape, "layer_types"):
+            shape.layer_types = shape.layer_types[:1] * layers
     made = transformers.AutoModelForCausalLM.from_config(
         shape, dtype=dtype, attn_implementation="sdpa"
     )
@@ -257,20 +265,36 @@ def fake_gpu(layers: int):
 
 
 # ---------------------------------------------------------------- the simulation
-def largest_micro_batch(case: Case):
-    """Of an update with random completions of full length, which share nothing but the prompt."""
+def largest_micro_batches(case: Case) -> list:
+    """Those that may need most: of the most tokens, and of the largest attention mask.
+
+    Completions of full length may leave room in a micro-batch, as real ones of all lengths do not.
+    """
+    group_tokens = case.prompt_tokens + case.group_size * case.max_new_tokens
+    rows = min(
+        -(-case.micro_batch_tokens // group_tokens), case.train_batch_size // case.group_size
+    )
+    filling = (case.micro_batch_tokens // rows - case.prompt_tokens) // case.group_size
+    lengths = {case.max_new_tokens, max(1, min(filling, case.max_new_tokens))}
+    found = [largest_micro_batch(case, length) for length in sorted(lengths)]
+    most_tokens = max(found, key=lambda batch: batch.input_ids.numel())
+    largest_mask = max(found, key=lambda batch: batch.input_ids.numel() * batch.input_ids.shape[1])
+    return [most_tokens] if largest_mask is most_tokens else [most_tokens, largest_mask]
+
+
+def largest_micro_batch(case: Case, length: int):
+    """Of an update with random completions of this length, which share nothing but the prompt."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model_config_of(case.model_name).vocab_size
 
     def random_ids(count: int) -> torch.Tensor:
         return torch.randint(vocabulary, (count,), generator=generator)
 
-    group_tokens = case.prompt_tokens + case.group_size * case.max_new_tokens
-    enough = 1 + case.micro_batch_tokens // group_tokens  # groups, to fill a micro-batch
+    enough = 1 + case.micro_batch_tokens // (case.prompt_tokens + case.group_size * length)
     groups = min(enough, case.train_batch_size // case.group_size)
     buffer = train.ReplayBuffer(packed=True)
     for _ in range(groups):
-        ids = [random_ids(case.max_new_tokens) for _ in range(case.group_size)]
+        ids = [random_ids(length) for _ in range(case.group_size)]
         experience = train.Experience(
             prompt_ids=random_ids(case.prompt_tokens),
             completion_ids=ids,
@@ -290,14 +314,17 @@ def largest_micro_batch(case: Case):
     return micro_batch
 
 
-def estimate(case: Case, phases: tuple[str, ...] = PHASES) -> dict[str, int]:
+def estimate(case: Case, phases: tuple[str, ...] = PHASES, micro_batches=None) -> dict[str, int]:
     """Bytes at the peak of each phase.
 
     All layers are alike, so at any moment memory is a straight line in their number: few are
     simulated, and the line through them goes on. A phase's peak is that of its moments.
     """
+    if micro_batches is None and "training" in phases:
+        micro_batches = largest_micro_batches(case)
     few, more = FEW_LAYERS
-    first, second = simulate(case, phases, few), simulate(case, phases, more)
+    first = simulate(case, phases, few, micro_batches)
+    second = simulate(case, phases, more, micro_batches)
     beyond = (model_config_of(case.model_name).num_hidden_layers - few) / (more - few)
     peaks = {}
     for phase in phases:
@@ -306,9 +333,10 @@ def estimate(case: Case, phases: tuple[str, ...] = PHASES) -> dict[str, int]:
     return peaks
 
 
-def simulate(case: Case, phases: tuple[str, ...], layers: int) -> dict[str, list[int]]:
+def simulate(
+    case: Case, phases: tuple[str, ...], layers: int, micro_batches
+) -> dict[str, list[int]]:
     """Bytes at the peak of each moment of the phases, with so many layers."""
-    micro_batch = largest_micro_batch(case) if "training" in phases else None
     if case.lora_rank:
         import peft  # noqa: F401  # now, because a library's own tensors must not be fake
     gc.freeze()  # what libraries have made: take_peak's collections pass over it
@@ -318,9 +346,10 @@ def simulate(case: Case, phases: tuple[str, ...], layers: int) -> dict[str, list
         state = optimizer_state(policy, case)
         moments = {}
         if "training" in phases:
-            tensors = {k: v for k, v in vars(micro_batch).items() if isinstance(v, torch.Tensor)}
-            fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-            moments["training"] = train_once(policy, replace(micro_batch, **fakes), case, counter)
+            moments["training"] = []
+            for micro_batch in micro_batches:
+                fake = micro_batch_of_fakes(micro_batch, mode)
+                moments["training"] += train_once(policy, fake, case, counter)
         if "sampling" in phases:
             prompts, group_size = case.rollouts_per_step, case.group_size
             moments["sampling"] = sample_once(policy, prompts, group_size, case, counter)
@@ -328,6 +357,11 @@ def simulate(case: Case, phases: tuple[str, ...], layers: int) -> dict[str, list
             moments["evaluation"] = sample_once(policy, case.max_eval_prompts, 1, case, counter)
         del state, reference  # alive until here
     return moments
+
+
+def micro_batch_of_fakes(micro_batch, mode: FakeTensorMode):
+    tensors = {k: v for k, v in vars(micro_batch).items() if isinstance(v, torch.Tensor)}
+    return replace(micro_batch, **{name: mode.from_tensor(v) for name, v in tensors.items()})
 
 
 def train_once(policy, micro_batch, config, counter: Counter) -> list[int]:
@@ -349,10 +383,13 @@ def train_once(policy, micro_batch, config, counter: Counter) -> list[int]:
 
 @torch.no_grad()
 def sample_once(policy, prompts: int, group_size: int, config, counter: Counter) -> list[int]:
-    """The forward of all prompts, and that of the last token of all completions."""
+    """The forward of all prompts, and that of the last token of all completions.
+
+    last_token and last_token_captured yield where a moment ends.
+    """
     policy.eval()
     prompts = min(prompts, config.sample_rows // group_size)  # at once
-    rows = [tuple(range(i, i + config.prompt_tokens)) for i in range(prompts)]
+    rows = [tuple(range(config.prompt_tokens))] * prompts
     row_of = torch.arange(prompts * group_size) // group_size
     if config.load_in_4bit or config.precision == "float32":
         moments = last_token(policy, rows, row_of, config)
@@ -417,72 +454,92 @@ MODES = {
 
 
 def needed(peak: float) -> float:
-    """GiB of a card: CUDA itself takes one, and about a tenth is lost between allocations."""
-    return 1.1 * peak / GIB + 1
+    """GiB of a card, of which PyTorch allocates `peak` bytes."""
+    return (1 + LOST) * peak / GIB + CUDA_GIB
 
 
-def answer(case: Case, card: float | None) -> None:
+def answer(case: Case, card: float) -> None:
     sizes, counts = micro_batch_sizes(case), row_counts(case)
     parts = [
         (case, ("training",), "micro_batch_tokens", sizes, card),
         (case, ("sampling", "evaluation"), "sample_rows", counts, card),
     ]
-    with multiprocessing.Pool(2) as pool:
+    quietly = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's affair
+    with multiprocessing.Pool(2, signal.signal, quietly) as pool:
         (training, tokens), (sampling, rows) = pool.starmap(peaks_and_largest, parts)
     peaks = training | sampling
-    shown = ("max_new_tokens", "micro_batch_tokens", "sample_rows")
-    flags = " ".join(f"{flag_of(name)} {getattr(case, name)}" for name in shown)
-    print(f"{case.model_name} {flags}, prompts of {case.prompt_tokens} tokens")
+    print(described(case))
     print(f"{'GiB':10} {'PyTorch':>8} {'card':>8}")
     for phase, peak in peaks.items():
         print(f"{phase:10} {peak / GIB:8.1f} {needed(peak):8.1f}")
-    print("An estimate. The card needs a tenth and 1 GiB more than PyTorch allocates.")
-    if card is None:
-        return
-    fits = needed(max(peaks.values())) <= card
-    print(f"{'Fits' if fits else 'Does not fit'} into {card:g} GiB. The largest that fit:")
-    print(f"    {largest_flag('micro_batch_tokens', tokens, sizes, case)}")
-    print(f"    {largest_flag('sample_rows', rows, counts, case)}")
+    print(f"An estimate: of a card we assume {LOST:.0%} more than PyTorch allocates, and 1 GiB.")
+    if card:
+        too_large = [phase for phase, peak in peaks.items() if needed(peak) > card]
+        fits = f"Does not fit into {card:g} GiB: {' and '.join(too_large)}. What fits:"
+        print(fits if too_large else f"Fits into {card:g} GiB. What fits at most:")
+        print(f"    {largest_flag('micro_batch_tokens', tokens, sizes, case)}")
+        print(f"    {largest_flag('sample_rows', rows, counts, case)}")
+
+
+def described(case: Case) -> str:
+    """The model, the flags that its memory depends on, and the length of prompts."""
+    always = ("max_new_tokens", "micro_batch_tokens", "sample_rows")
+    names = ("lora_rank", "load_in_4bit", "optimizer", "gradient_checkpointing", "kl_weight")
+    parts = [case.model_name]
+    for name in (*names, "group_size", *always):
+        value = getattr(case, name)
+        if value is True:
+            parts.append(flag_of(name))
+        elif name in always or value != getattr(Case, name):
+            parts.append(f"{flag_of(name)} {value}")
+    prompts = f"with prompts of {case.prompt_tokens} tokens"
+    if case.prompt_tokens == case.max_length - case.max_new_tokens:
+        prompts += ", all that --max-length leaves (--prompt-tokens: your longest)"
+    return f"{' '.join(parts)}\n{prompts}"
 
 
 def largest_flag(constant: str, largest: int | None, tried: list[int], case: Case) -> str:
-    """The flag with the largest value that fits, or what to change where none does."""
+    """The flag with the largest value that fits, or what needs less where none does."""
     if largest is not None:
         return f"{flag_of(constant)} {largest}{' or more' if largest >= tried[-1] else ''}"
-    changes = ["a smaller model", "fewer --max-new-tokens"]
-    if case.lora_rank and not case.load_in_4bit:
-        changes.insert(0, "--load-in-4bit")
+    changes = ["--gradient-checkpointing"]
+    if constant == "sample_rows" or case.gradient_checkpointing:
+        changes = []
     if not case.lora_rank:
-        changes.insert(0, "--lora-rank 16")
-    if constant == "micro_batch_tokens" and not case.gradient_checkpointing:
-        changes.insert(0, "--gradient-checkpointing")
-    return f"no {flag_of(constant)} fits: take {', '.join(changes[:-1])} or {changes[-1]}"
+        changes.append("--lora-rank 16")
+    if not case.load_in_4bit:
+        changes.append("--load-in-4bit" if case.lora_rank else "--load-in-4bit with it")
+    changes += ["fewer --max-new-tokens", "a smaller model"]
+    return f"no {flag_of(constant)}. Less is needed with: {', '.join(changes)}"
 
 
 def peaks_and_largest(
-    case: Case, phases: tuple[str, ...], constant: str, values: list[int], card: float | None
+    case: Case, phases: tuple[str, ...], constant: str, values: list[int], card: float
 ) -> tuple[dict[str, int], int | None]:
     """The peaks of the phases, and the largest value of the constant with which they fit.
 
-    Memory grows with the value: where the case itself fits, only larger ones are tried, otherwise
-    only smaller ones.
+    Where the case itself fits, larger values are tried one after the other, otherwise smaller.
     """
     peaks = estimate(case, phases)
-    if card is None:
+    if not card:
         return peaks, None
-    fits = needed(max(peaks.values())) <= card
+
+    def fits(peaks: dict[str, int]) -> bool:
+        return needed(max(peaks.values())) <= card
+
     own = getattr(case, constant)
-
-    def is_too_large(value: int) -> bool:
-        # Evaluation has as many rows as sampling, and more prompts.
-        of_value = estimate(replace(case, **{constant: value}), phases[-1:])
-        return needed(max(of_value.values())) > card
-
-    values = [value for value in values if (value > own if fits else value < own)]
-    count = bisect.bisect_left(values, True, key=is_too_large)
-    if count:
-        return peaks, values[count - 1]
-    return peaks, own if fits else None
+    if not fits(peaks):
+        for value in reversed(values):
+            if value < own and fits(estimate(replace(case, **{constant: value}), phases)):
+                return peaks, value
+        return peaks, None
+    largest = own
+    for value in values:
+        if value > own:
+            if not fits(estimate(replace(case, **{constant: value}), phases)):
+                break
+            largest = value
+    return peaks, largest
 
 
 def micro_batch_sizes(case: Case) -> list[int]:
@@ -552,7 +609,8 @@ def compare_with_measured() -> None:
     report = json.loads((ROOT / "results" / "memory_h100.json").read_text())
     print(report["machine"])
     for row in report["rows"]:
-        peaks = estimate(Case(**(SETTING | row["case"])))
+        case = Case(**(SETTING | row["case"]))  # the card had completions of full length
+        peaks = estimate(case, micro_batches=[largest_micro_batch(case, case.max_new_tokens)])
         print(json.dumps(row["case"]))
         for phase, measured in row["bytes"].items():
             ratio = peaks[phase] / measured
@@ -573,7 +631,8 @@ def compare_with_resident() -> None:
             command = [sys.executable, __file__, "resident", json.dumps(vars(case))]
             done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
             measured = int(done.stdout.splitlines()[-1])
-            estimated = estimate(case)["training"]
+            micro_batch = largest_micro_batch(case, case.max_new_tokens)
+            estimated = estimate(case, ("training",), [micro_batch])["training"]
             figures = f"measured {measured / GIB:.2f}, estimated {estimated / GIB:.2f} GiB"
             print(
                 f"{model_name} {changes}: {figures}, ratio {estimated / measured:.3f}", flush=True
@@ -583,7 +642,9 @@ def compare_with_resident() -> None:
 def resident_bytes(case: Case) -> int:
     """The most memory that the second of two updates takes on this CPU, above that of an idle
     process with the same libraries."""
-    micro_batch = largest_micro_batch(case)
+    import peft  # noqa: F401  # before what is measured
+
+    micro_batch = largest_micro_batch(case, case.max_new_tokens)
     torch.ones(512, 512) @ torch.ones(512, 512)  # the matrix library's own
     before = resident("VmRSS")
     with mock.patch.object(model, "load_pretrained", make_model):
@@ -613,23 +674,31 @@ def resident(name: str) -> int:
 
 def check(options: Options) -> None:
     """Refuse what train.py refuses, and what cannot be estimated."""
+    if options.max_new_tokens >= options.max_length:
+        advice = f"leaves no room for a prompt; raise --max-length {options.max_length}"
+        fail(f"--max-new-tokens {options.max_new_tokens}: {advice}")
     train.check_config(options)
     room = options.max_length - options.max_new_tokens
     if not 1 <= options.prompt_tokens <= room:
-        most = f"--max-length {options.max_length} - --max-new-tokens {options.max_new_tokens}"
-        wanted = f"must be at least 1 and at most {most} = {room}; raise --max-length"
-        fail(f"--prompt-tokens {options.prompt_tokens}: {wanted}")
+        most = f"the {room} that --max-length {options.max_length} leaves"
+        fail(f"--prompt-tokens {options.prompt_tokens}: must be from 1 to {most}")
     if options.attention not in ("auto", "sdpa"):
         fail(f"--attention {options.attention}: cannot be estimated; leave it out")
-    if options.card is not None and not 0 < options.card < math.inf:
-        fail(f"--card {options.card}: must be the card's memory in GiB, such as 24")
+    for name, most in MOST.items():
+        if getattr(options, name) > most:
+            fail(f"{flag_of(name)} {getattr(options, name)}: more than {most:,} is not estimated")
+    if 0 < options.card <= CUDA_GIB:
+        fail(f"--card {options.card}: CUDA alone takes {CUDA_GIB} GiB; name all that the card has")
     name = options.model_name
     if model.base_model_of(name) != name:
         fail(f"--model-name {name}: is an adapter; name its base model")
     model_config = model_config_of(name) if name in SHAPES else model.load_model_config(name)
     kinds = sorted({kind for kind, *_ in SHAPES.values()})
     if model_config.model_type not in kinds:
-        fail(f"--model-name {name}: is of type {model_config.model_type}, not {', '.join(kinds)}")
+        known = f"only {', '.join(kinds)} can be estimated"
+        fail(f"--model-name {name}: is of type {model_config.model_type}; {known}")
+    if not model.can_pack(model_config, options.max_length):
+        fail(f"--model-name {name}: has a sliding window, which cannot be estimated")
     positions = model_config.max_position_embeddings
     if options.max_length > positions:
         fail(f"--max-length {options.max_length}: {name} has {positions} positions; take fewer")
@@ -653,4 +722,7 @@ if __name__ == "__main__":
         print(resident_bytes(Case(**json.loads(sys.argv[2]))))
         sys.exit()
     sys.modules["bitsandbytes"] = None  # PEFT would import it for seconds, and nothing uses it
-    main(tyro.cli(Options, description=__doc__))
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -4,7 +4,7 @@
 # ///
 """GRPO (Group Relative Policy Optimization, arXiv 2402.03300), the whole algorithm in one file.
 
-A small language model learns to reason step by step before it adds and subtracts:
+A small language model that mostly guesses comes back to reasoning before it answers:
 
     python experiment_minimal/train.py    # 2 CPU cores, offline, 2 minutes; or with uv: uv run ...
 

@@ -15,7 +15,7 @@ What counts as right is what the experiment's `evaluate` calls accuracy, of one 
                 arXiv 2107.03374, averaged over prompts. A trained model that is better at k = 1,
                 and no better at the largest k, has become surer of what the first one could do too
 
-Writes <output>.md, <output>.json and <output>.png. Needs matplotlib (requirements-dev.txt).
+Writes <output>.md, <output>.json and <output>.png.
 """
 
 import contextlib
@@ -367,7 +367,7 @@ def check_paths(output: Path, paths: list[Path]) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        fail("the package matplotlib is missing; pip install -r requirements-dev.txt")
+        fail("the package matplotlib is missing; pip install -r requirements.txt")
     try:
         existing = [path for path in paths if path.exists()]
         if existing and len(existing) < len(paths):

@@ -2,7 +2,7 @@
 
     python tools/plot.py runs/a runs/b --metrics reward kl completion_length
 
-A run that is still under way is drawn as far as it is. Needs matplotlib (requirements-dev.txt).
+A run that is still under way is drawn as far as it is.
 """
 
 import json

@@ -17,7 +17,7 @@ evaluation and of the best one, where higher is better, and the mean seconds of 
 
 With --ray ADDRESS the runs are tasks of a Ray cluster (requirements-async.txt), as many at a time
 as it has place for. All its machines must share the file system and have this repository in the
-same place. Needs matplotlib (requirements-dev.txt).
+same place.
 """
 
 import contextlib
@@ -434,7 +434,7 @@ def check_output(output: Path) -> list[Path]:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        fail("the package matplotlib is missing; pip install -r requirements-dev.txt")
+        fail("the package matplotlib is missing; pip install -r requirements.txt")
     paths = compare.paths_of(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
