@@ -20,9 +20,8 @@ One step, for a prompt q and a group of G completions o_1 ... o_G of it:
 averaged over prompts. pi is trained; pi_old is the pi that sampled, pi_ref the pi before training,
 both without gradient, like A. At a step's first update pi is pi_old: every ratio is 1, and as a
 group's A sum to 0, the loss is beta KL; the gradient is that of -A log pi + beta KL. From the
-second update on pi has left pi_old: ratio and clip matter. (6), (5): the paper's equations 3, 4;
-(3): its 4.1.2. Only the KV cache is for speed: experiment_base computes the same gradient several
-times faster (a test compares them), trains larger models, saves checkpoints and logs.
+second update on pi has left pi_old, if only a little. (6), (5): the paper's equations 3, 4; (3):
+its 4.1.2. experiment_base computes the same gradient several times faster, for larger models, too.
 """
 
 import copy
@@ -181,6 +180,7 @@ def main(seed: int = SEED) -> None:
     eval_tasks = read_tasks(DATA / "math_tasks_eval.jsonl")
     eos_ids = find_eos_ids(policy, tokenizer)
     before = evaluate(policy, tokenizer, eval_tasks, eos_ids)
+    print(f"held out, greedy, before training: {before:.3f}", flush=True)
     for step in range(STEPS):
         # (1) Sample a group of G completions for every prompt: rows 0 to G - 1 are prompt 0's.
         picked = torch.randperm(len(tasks))[:PROMPTS_PER_STEP]
@@ -195,7 +195,7 @@ def main(seed: int = SEED) -> None:
         rewards = [reward(text, task["answer"]) for text, task in zip(texts, row_tasks)]
         rewards = torch.tensor(rewards, device=DEVICE).view(-1, GROUP_SIZE)  # (prompts, G)
         advantages = group_advantages(rewards).flatten()  # (rows,)
-        print(f"step {step + 1}/{STEPS}: reward {rewards.mean().item():.3f}", flush=True)
+        print(f"step {step + 1}/{STEPS}: reward {rewards.mean():.3f}, {texts[0]!r}", flush=True)
 
         # log pi_old, from before this step's first update, and log pi_ref: constants in the loss.
         updates = torch.arange(len(ids)).split(PROMPTS_PER_UPDATE * GROUP_SIZE)  # row numbers
