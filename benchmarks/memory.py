@@ -466,7 +466,7 @@ def answer(case: Case, card: float) -> None:
     ]
     quietly = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's affair
     with multiprocessing.Pool(2, signal.signal, quietly) as pool:
-        (training, tokens), (sampling, rows) = pool.starmap(peaks_and_largest, parts)
+        (training, most_tokens), (sampling, most_rows) = pool.starmap(peaks_and_largest, parts)
     peaks = training | sampling
     print(described(case))
     print(f"{'GiB':10} {'PyTorch':>8} {'card':>8}")
@@ -475,10 +475,12 @@ def answer(case: Case, card: float) -> None:
     print(f"An estimate: of a card we assume {LOST:.0%} more than PyTorch allocates, and 1 GiB.")
     if card:
         too_large = [phase for phase, peak in peaks.items() if needed(peak) > card]
-        fits = f"Does not fit into {card:g} GiB: {' and '.join(too_large)}. What fits:"
-        print(fits if too_large else f"Fits into {card:g} GiB. What fits at most:")
-        print(f"    {largest_flag('micro_batch_tokens', tokens, sizes, case)}")
-        print(f"    {largest_flag('sample_rows', rows, counts, case)}")
+        if too_large:
+            print(f"Does not fit into {card:g} GiB: {' and '.join(too_large)}. What fits:")
+        else:
+            print(f"Fits into {card:g} GiB. What fits at most:")
+        print(f"    {largest_flag('micro_batch_tokens', most_tokens, sizes, case)}")
+        print(f"    {largest_flag('sample_rows', most_rows, counts, case)}")
 
 
 def described(case: Case) -> str:
@@ -502,15 +504,17 @@ def largest_flag(constant: str, largest: int | None, tried: list[int], case: Cas
     """The flag with the largest value that fits, or what needs less where none does."""
     if largest is not None:
         return f"{flag_of(constant)} {largest}{' or more' if largest >= tried[-1] else ''}"
-    changes = ["--gradient-checkpointing"]
-    if constant == "sample_rows" or case.gradient_checkpointing:
-        changes = []
-    if not case.lora_rank:
-        changes.append("--lora-rank 16")
-    if not case.load_in_4bit:
-        changes.append("--load-in-4bit" if case.lora_rank else "--load-in-4bit with it")
-    changes += ["fewer --max-new-tokens", "a smaller model"]
-    return f"no {flag_of(constant)}. Less is needed with: {', '.join(changes)}"
+    trains = constant == "micro_batch_tokens"
+    less = {
+        "--gradient-checkpointing": trains and not case.gradient_checkpointing,
+        "--lora-rank 16": not case.lora_rank,
+        "--optimizer adamw8bit": not case.lora_rank and case.optimizer == "adamw",
+        "--load-in-4bit": case.lora_rank and not case.load_in_4bit,
+        "fewer --max-new-tokens": True,
+        "a smaller model": True,
+    }
+    changes = ", ".join(change for change, is_left in less.items() if is_left)
+    return f"no {flag_of(constant)}. Less is needed with: {changes}"
 
 
 def peaks_and_largest(
