@@ -271,9 +271,7 @@ def largest_micro_batches(case: Case) -> list:
     Completions of full length may leave room in a micro-batch, as real ones of all lengths do not.
     """
     group_tokens = case.prompt_tokens + case.group_size * case.max_new_tokens
-    rows = min(
-        -(-case.micro_batch_tokens // group_tokens), case.train_batch_size // case.group_size
-    )
+    rows = -(-case.micro_batch_tokens // group_tokens)
     filling = (case.micro_batch_tokens // rows - case.prompt_tokens) // case.group_size
     lengths = {case.max_new_tokens, max(1, min(filling, case.max_new_tokens))}
     found = [largest_micro_batch(case, length) for length in sorted(lengths)]

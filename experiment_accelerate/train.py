@@ -19,7 +19,7 @@ ranks.py holds what is particular to several processes.
 import random
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +66,7 @@ from run import (
     fail,
     is_due,
     rollout_metrics,
+    show_changed,
     show_group,
     speed_metrics,
 )
@@ -472,9 +473,7 @@ def main(config: Config) -> None:
     ranks.check(config)
     check_config(config)
     config, device = resolve(config)
-    for name, value in asdict(config).items():
-        if value != getattr(Config, name):  # the others are their defaults; run.json has all
-            print(f"{name}: {value}")
+    show_changed(config)
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
     run = RankRun(config, EXPERIMENT, prompts, ranks)

@@ -26,7 +26,7 @@ trained on as it is.
 import random
 import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +74,7 @@ from run import (
     fail,
     is_due,
     rollout_metrics,
+    show_changed,
     show_group,
     speed_metrics,
 )
@@ -522,9 +523,7 @@ def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config) -> dict[s
 def main(config: Config) -> None:
     check_config(config)
     config, device = resolve(config)
-    for name, value in asdict(config).items():
-        if value != getattr(Config, name):  # the others are their defaults; run.json has all
-            print(f"{name}: {value}")
+    show_changed(config)
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
     run = Run(config, EXPERIMENT, prompts)

@@ -166,6 +166,13 @@ def check_config(config) -> None:
         fail(f"--sample-rows {config.sample_rows}: must hold one group, --group-size {group_size}")
 
 
+def show_changed(config) -> None:
+    """Print the constants that are not their defaults. run.json has all."""
+    for name, value in asdict(config).items():
+        if value != getattr(type(config), name):
+            print(f"{name}: {value}")
+
+
 def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 

@@ -16,7 +16,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -72,6 +72,7 @@ from run import (
     fail,
     is_due,
     rollout_metrics,
+    show_changed,
     show_group,
     speed_metrics,
 )
@@ -525,9 +526,7 @@ def main(config: Config) -> None:
         hub = "with a model hub, --model-name HuggingFaceTB/SmolLM2-135M-Instruct"
         fail(f"{config.model_name} is missing: run `python data/get_smollm2.py`, or, {hub}")
     config, device = resolve(config)
-    for name, value in asdict(config).items():
-        if value != getattr(Config, name):  # the others are their defaults; run.json has all
-            print(f"{name}: {value}")
+    show_changed(config)
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
     run = Run(config, EXPERIMENT, prompts)

@@ -22,7 +22,7 @@ The words, with the numbers of the default:
 import random
 import re
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +71,7 @@ from run import (
     fail,
     is_due,
     rollout_metrics,
+    show_changed,
     speed_metrics,
 )
 from sampling import sample
@@ -573,9 +574,7 @@ def evaluate(policy, tokenizer, prompts: list[Prompt], config: Config) -> dict[s
 def main(config: Config) -> None:
     check_config(config)
     config, device = resolve(config)
-    for name, value in asdict(config).items():
-        if value != getattr(Config, name):  # the others are their defaults; run.json has all
-            print(f"{name}: {value}")
+    show_changed(config)
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
     run = Run(config, EXPERIMENT, prompts)

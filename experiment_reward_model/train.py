@@ -21,7 +21,7 @@ The reward is a weighted sum of five parts, of which the default takes the first
 import random
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +76,7 @@ from run import (
     fail,
     is_due,
     rollout_metrics,
+    show_changed,
     show_group,
     speed_metrics,
 )
@@ -614,9 +615,7 @@ def main(config: Config) -> None:
     check_config(config)
     check_reward_config(config)
     config, device = resolve(config)
-    for name, value in asdict(config).items():
-        if value != getattr(Config, name):  # the others are their defaults; run.json has all
-            print(f"{name}: {value}")
+    show_changed(config)
     tokenizer = load_tokenizer(config)
     prompts, eval_prompts = read_prompts(config, tokenizer)
     safety = Safety(config, device) if config.safety_weight else None

@@ -159,11 +159,11 @@ CHANGES = [
 
 @pytest.mark.parametrize("changes", CHANGES)
 def test_all_layers_are_on_a_line_through_few(changes, monkeypatch):
-    """A model of eight layers, estimated from two and three, beside itself."""
-    monkeypatch.setitem(memory.SHAPES, "small", ("llama", 256, 1024, 8, 4, 2, 64, 4096, True))
+    """A model of twelve layers, estimated from two and three, beside itself."""
+    monkeypatch.setitem(memory.SHAPES, "small", ("llama", 256, 1024, 12, 4, 2, 64, 4096, True))
     case = memory.Case(**SETTING | {"model_name": "small", "max_new_tokens": 128})
     case = memory.replace(case, **{"micro_batch_tokens": 1024} | changes)
-    whole = memory.simulate(case, memory.PHASES, 8, memory.largest_micro_batches(case))
+    whole = memory.simulate(case, memory.PHASES, 12, memory.largest_micro_batches(case))
     for phase, peak in memory.estimate(case).items():
         assert peak == pytest.approx(max(whole[phase]), rel=0.005), phase
 

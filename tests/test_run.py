@@ -595,7 +595,8 @@ def test_metrics_of_a_run(experiment, tmp_path, model, monkeypatch, capsys):
         )
     output = capsys.readouterr().out
     # whole trajectories, at steps 1 and 2
-    assert 2 <= output.count("advantage ") <= 4 and "<|im_start|>assistant" in output
+    assert output.count("<|im_start|>system") == 2 and "<|im_start|>assistant" in output
+    assert 2 <= output.count("advantage ") <= 4  # of the best, and of the worst where they differ
     names = {name for line in lines for name in line} - {"step"}
     assert [name for name in names if not reading_of(name)] == []  # tools/view.py explains each
     gain = f"eval_accuracy {lines[0]['eval_accuracy']:.4f} -> {lines[3]['eval_accuracy']:.4f}"
